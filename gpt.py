@@ -1,0 +1,192 @@
+"""GPT-2, which writes a grid of codes token by token (§2; §A.1: 24 layers, 16 heads, 1,024 wide, 307 M parameters).
+
+One forward serves training, the prompt and single-token decoding: without a cache it sees the whole sequence, with one it sees
+the new tokens and reads keys and values of the earlier ones from the cache.
+
+Symbols: B batch, T sequence, C embedding width, V vocabulary, P prefix, d head_dim.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import causal_attention
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """All that is needed to rebuild the network. Raises ValueError for sizes that do not fit together."""
+    vocab_size: int = 2048  # 1,024 image codes and 1,024 condition codes in disjoint ranges, §A.1's 307 M parameters
+    block_size: int = 512  # positions: 256 of a condition and 256 of an image, §4
+    n_layer: int = 24  # GPT2-medium, §A.1
+    n_head: int = 16
+    n_embd: int = 1024
+    dropout: float = 0.0  # on the embeddings and after each attention and MLP
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd is {self.n_embd}, which {self.n_head} heads do not divide; choose a multiple of n_head")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, in memory allocated once for `capacity` positions."""
+
+    def __init__(self, config: GPTConfig, batch: int, capacity: int, like: Tensor):
+        shape = (config.n_layer, batch, config.n_head, capacity, config.n_embd // config.n_head)
+        self.keys = like.new_empty(shape)  # (layers, B, heads, capacity, d)
+        self.values = like.new_empty(shape)
+        self.length = 0  # positions filled
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new positions of one layer, (B, heads, T, d) each; return all positions so far, (B, heads, length + T, d)."""
+        end = self.length + key.shape[2]
+        self.keys[layer, :, :, self.length:end] = key
+        self.values[layer, :, :, self.length:end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.out = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # 3 × (B, heads, T, d)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # (B, heads, length + T, d)
+        x = causal_attention(q, k, v)  # (B, heads, T, d)
+        return self.dropout(self.out(x.transpose(1, 2).reshape(B, T, C)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(config.n_embd)
+        self.attention = Attention(config, layer)
+        self.norm_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.n_embd, 4 * config.n_embd),
+            nn.GELU(approximate="tanh"),  # as in GPT-2
+            nn.Linear(4 * config.n_embd, config.n_embd),
+            nn.Dropout(config.dropout),
+        )
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
+        x = x + self.attention(self.norm_1(x), cache)  # (B, T, C)
+        return x + self.mlp(self.norm_2(x))
+
+
+class GPT(nn.Module):
+    """tokens (B, T) int64 in [0, vocab_size) → logits (B, T, V). The head is not tied to the embedding (307,030,016 parameters)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)  # by step, not by grid cell
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("attention.out.weight", "mlp.2.weight")):  # writes into the residual stream, 2 per layer
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))  # GPT-2, §2.3 of its report
+            elif parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits of the next token at each position: tokens (B, T) → (B, T, V).
+
+        With a cache the tokens follow the `cache.length` tokens it has seen, and it is extended by them.
+        Raises ValueError if the sequence outgrows `block_size`.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens do not fit the {self.config.block_size} positions of this GPT (block_size)")
+        positions = torch.arange(start, end, device=tokens.device)  # (T,)
+        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # (B, T, C)
+        for block in self.blocks:
+            x = block(x, cache)
+        if cache is not None:
+            cache.length = end
+        return self.head(self.norm(x))  # (B, T, V)
+
+    @torch.no_grad()
+    def generate(self, prefix: Tensor, steps: int, temperature: float = 1.0, top_k: int = 100,  # both §A.1
+                 generator: torch.Generator | None = None, top_p: float = 1.0, sampled_tokens: int | None = None,
+                 cached: bool = True) -> Tensor:
+        """Continue a prefix: (B, P) int64 → (B, P + steps), the prefix first.
+
+        Only tokens below `sampled_tokens` are drawn (None: the whole vocabulary), so that a start token or a condition is never
+        written into an image; of those the `top_k` likeliest (0: all), and of those the fewest that together hold `top_p` of
+        the probability. `cached=False` runs the whole sequence anew for each token: the same tokens, slower (§2's 14.08×).
+        Raises ValueError for an empty prefix, or if P + steps − 1 positions do not fit `block_size`.
+        """
+        check_sampling(temperature, top_k, top_p)
+        if prefix.shape[1] == 0:
+            raise ValueError("generate needs a prefix of at least one token: a start token or a condition")
+        if prefix.shape[1] + steps - 1 > self.config.block_size:
+            raise ValueError(f"a prefix of {prefix.shape[1]} and {steps} steps do not fit the {self.config.block_size} positions "
+                             "of this GPT (block_size)")
+        training = self.training
+        self.eval()
+        cache = KeyValueCache(self.config, len(prefix), prefix.shape[1] + steps - 1, self._activation()) if cached else None
+        tokens = torch.cat([prefix, prefix.new_zeros(len(prefix), steps)], 1)  # (B, P + steps)
+        for end in range(prefix.shape[1], tokens.shape[1]):
+            logits = self(tokens[:, cache.length if cached else 0:end], cache)[:, -1]  # (B, V)
+            probabilities = next_token_probabilities(logits[:, :sampled_tokens], temperature, top_k, top_p)
+            tokens[:, end] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]  # (B,)
+        self.train(training)
+        return tokens
+
+    def _activation(self) -> Tensor:
+        """An empty tensor on the device, and of the dtype, that keys and values have."""
+        weight = self.head.weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        return weight.new_empty(0, dtype=torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype)
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float):
+    """Raises ValueError for settings that no distribution can be sampled with."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be above 0 (for the likeliest token always, use top_k 1)")
+    if top_k < 0:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1, or 0 to keep all tokens")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must lie in (0, 1]")
+
+
+def next_token_probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Distribution that the next token is drawn from: logits (B, V) → (B, V) float32, rows sum to 1.
+
+    top_k keeps the k likeliest tokens and whatever ties with the last of them; top_p the likeliest tokens up to and including
+    the one whose cumulative probability first reaches p.
+    """
+    logits = logits.float() / temperature  # (B, V)
+    if 0 < top_k < logits.shape[1]:
+        smallest = logits.topk(top_k, dim=1).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    probabilities = F.softmax(logits, dim=1)
+    if top_p < 1:
+        ordered, index = probabilities.sort(dim=1, descending=True)  # (B, V)
+        before = ordered.cumsum(1) - ordered  # probability of all likelier tokens
+        ordered = ordered.masked_fill(before >= top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(1, index, ordered)
+        probabilities = probabilities / probabilities.sum(1, keepdim=True)
+    return probabilities

@@ -1,0 +1,279 @@
+"""Train the second stage: a GPT that writes grids of codes in one of five orders (§2, §3, §A.1).
+
+    python train_gpt.py --order spiral                            the drawn scenes, about four minutes on two CPU cores in all
+    python train_gpt.py --preset cifar10 --data-dir data          CIFAR-10 as in §2
+    python train_gpt.py --data folder --data-dir my_pictures      your own pictures
+    torchrun --nproc-per-node 8 train_gpt.py --preset paper       several GPUs
+
+Trains the first stage before if there is none. Leaves checkpoint.pt, log.jsonl and pictures (samples) in --out. Ctrl-C saves;
+--resume goes on.
+"""
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import run
+import train_vq
+from gpt import GPT, GPTConfig, check_sampling
+from orderings import ORDERINGS, roll_up, unroll
+from vq import VQ, VQConfig, entropy
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The defaults are the paper's; `PRESETS` below says what differs. Raises ValueError for values that cannot work."""
+    preset: str = "paper"  # demo, cifar10 or paper: which set of defaults the other flags change
+    out: str = ""  # folder of this run; empty: runs/gpt-PRESET-DATA-ORDER
+    resume: bool = False  # go on from checkpoint.pt in that folder
+    seed: int = 0  # of the weights, the order of the pictures, dropout and the sampled pictures
+    device: str = "auto"  # cpu, cuda, cuda:1, …; auto: a GPU if there is one
+
+    data: str = "folder"  # scenes (drawn, no files), cifar10, or folder (any folder of pictures)
+    data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
+    workers: int = -1  # processes that prepare pictures for the encoder; -1: as many as help
+    vq: str = ""  # checkpoint of the first stage; empty: runs/vq-PRESET-DATA/checkpoint.pt, trained first if need be
+    views: int = 1  # versions of each training picture in the code cache: the plain one, the rest cropped and flipped at random
+    codes_dir: str = "runs/codes"  # folder of the code cache, which all runs share
+
+    order: str = "row"  # row, spiral, zcurve, subsample or alternate: how the grid is unrolled, §3, Fig. 2
+    n_layer: int = GPTConfig.n_layer  # layers, §A.1
+    n_head: int = GPTConfig.n_head  # attention heads
+    n_embd: int = GPTConfig.n_embd  # width
+    dropout: float = GPTConfig.dropout  # share of activations dropped in training
+
+    steps: int = 500_000  # training steps; the paper gives none
+    batch_size: int = 12  # pictures per step, over all processes, §A.1
+    lr: float = 12 * 4.5e-6  # learning rate, §A.1
+    beta1: float = 0.9  # of AdamW; this and the next two as in the authors' released model
+    beta2: float = 0.95  # of AdamW
+    weight_decay: float = 0.01  # of the weights of linear layers
+    clip: float = 0.0  # largest norm of the gradient; 0: no limit
+    warmup_steps: int = 0  # steps of linear warm-up of lr
+    decay: bool = False  # let lr fall to a twentieth along a cosine
+
+    temperature: float = 1.0  # of the sampled pictures, §A.1
+    top_k: int = 100  # likeliest codes that are sampled from, §A.1; 0: all
+    log_every: int = 100  # steps between two status lines
+    eval_every: int = 5000  # steps between two evaluations on all validation pictures, each with a picture of samples
+    checkpoint_every: int = 5000  # steps between two checkpoints
+
+    KIND = "gpt"
+    CHANGEABLE = ("out", "resume", "device", "workers", "codes_dir", "steps", "temperature", "top_k", "log_every", "eval_every",
+                  "checkpoint_every")
+
+    def __post_init__(self):
+        run.check_choice("data", self.data, data.DATASETS)
+        run.check_choice("order", self.order, ORDERINGS)
+        run.check_at_least(self, 1, "views", "steps", "batch_size", "log_every", "eval_every", "checkpoint_every")
+        run.check_at_least(self, 0, "seed", "lr", "weight_decay", "clip", "warmup_steps")
+        run.check_at_least(self, -1, "workers")
+        run.check_betas(self)
+        check_sampling(self.temperature, self.top_k, top_p=1.0)
+        self.model(codebook_size=1, length=1)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out or f"runs/gpt-{self.preset}-{self.data}-{self.order}")
+
+    @property
+    def first_stage(self) -> Path:
+        return Path(self.vq or f"runs/vq-{self.preset}-{self.data}/checkpoint.pt")
+
+    def model(self, codebook_size: int, length: int) -> GPTConfig:
+        """One token more than there are codes, the start token; positions for it and all codes but the last."""
+        return GPTConfig(codebook_size + 1, length, self.n_layer, self.n_head, self.n_embd, self.dropout)
+
+
+PRESETS = {
+    "demo": TrainConfig(
+        preset="demo", data="scenes", data_dir="data", n_layer=4, n_head=4, n_embd=160, dropout=0.0, steps=1200, batch_size=64,
+        lr=2e-3, weight_decay=0.1, clip=1.0, warmup_steps=50, decay=True, log_every=50, eval_every=300, checkpoint_every=300),
+    "cifar10": TrainConfig(
+        preset="cifar10", data="cifar10", data_dir="data", views=2, n_layer=12, n_head=8, n_embd=256, dropout=0.1, steps=40_000,
+        batch_size=128, lr=1e-3, weight_decay=0.1, clip=1.0, warmup_steps=500, decay=True, eval_every=2500, checkpoint_every=1000),
+    "paper": TrainConfig(),
+}
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Train as the command line says; returns the path of the checkpoint."""
+    config, checkpoint = run.configure(PRESETS, argv)
+    process = run.start(config.device, config.seed)
+    device, rank, world = process
+    run.check_shared_evenly(config.batch_size, world)
+    path = config.folder / "checkpoint.pt"
+
+    first_stage = open_first_stage(config, checkpoint, process)
+    vq = VQ(VQConfig(**first_stage["model_config"])).to(device)
+    vq.load_state_dict(first_stage["model"])
+    codes, validation_codes = encode_pictures(config, vq, first_stage, process)  # (N, h, w) each
+    K, (h, w) = vq.config.codebook_size, codes.shape[1:]
+    p = ORDERINGS[config.order](h, w)  # (T,)
+    unigram = entropy(torch.from_numpy(np.bincount(validation_codes.flatten(), minlength=K)))
+    config.folder.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(config.seed)  # again: the weights must not depend on whether the first stage was trained just now
+    model_config = config.model(K, length=h * w)
+    gpt = GPT(model_config).to(device)
+    model = DistributedDataParallel(gpt) if world > 1 else gpt
+    optimizer = torch.optim.AdamW(parameter_groups(gpt, config.weight_decay), config.lr, betas=(config.beta1, config.beta2),
+                                  fused=device.type == "cuda")
+    first_step = 0
+    if checkpoint:
+        first_step = checkpoint["step"]
+        gpt.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        run.set_random_state(checkpoint["random"])
+
+    def save(step: int):
+        if rank == 0:
+            run.save_checkpoint(path, {
+                "kind": "gpt", "config": asdict(config), "model_config": asdict(model_config), "model": gpt.state_dict(),
+                "optimizer": optimizer.state_dict(), "step": step, "random": run.random_state(), "grid": [h, w],
+                "first_stage": first_stage})
+
+    if rank == 0:
+        print(f"second stage: {len(codes):,} training and {len(validation_codes):,} validation grids of {h}×{w} codes in the order "
+              f"{config.order} · {sum(p.numel() for p in gpt.parameters()):,} parameters · {device} · {config.folder}\n"
+              f"what is good: {math.log(K):.3f} nats/token is a uniform guess, {unigram:.3f} knows how frequent each code is", flush=True)
+    log = run.Log(config.folder, process, first_step, config.steps)
+    order = data.training_order(len(codes), config.batch_size, config.seed, first_step, rank, world)
+    picture, scores_text = "nothing was left to do", ""
+
+    with run.stop_signal(process) as stopping:
+        for step in range(first_step + 1, config.steps + 1):
+            lr = run.learning_rate(config, step - 1)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            tokens = as_tokens(codes[[index for index, _ in next(order)]], p, K).to(device)  # (B, 1 + T)
+            with process.autocast():
+                loss = next_token_loss(model(tokens[:, :-1]), tokens)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if config.clip:
+                nn.utils.clip_grad_norm_(gpt.parameters(), config.clip)
+            optimizer.step()
+            log.add(train=loss)
+
+            last, stop = step == config.steps, stopping()
+            evaluating = step % config.eval_every == 0 or last
+            if evaluating:
+                picture = config.folder / f"step-{step:06d}.png"
+                scores = {"val": evaluate(gpt, validation_codes, p, config, process)}
+                scores_text = f" · val {scores['val']:.3f}"
+                if rank == 0:
+                    run.save_picture(run.picture_grid(sample(gpt, vq, p, (h, w), config, process), columns=8), picture)
+            if evaluating or step % config.log_every == 0 or stop:
+                means = log.means()
+                text = f"train {means['train']:.3f} nats/token{scores_text} · lr {lr:.1e}"
+                log.line(step, text, means | {"lr": lr} | (scores if evaluating else {}), "tokens", config.batch_size * h * w)
+            if step % config.checkpoint_every == 0 or last or stop:
+                save(step)
+            if stop and not last:
+                raise KeyboardInterrupt(f"stopped after step {step} of {config.steps}; {path} is saved, --resume goes on")
+    if rank == 0:
+        print(f"done in {log.elapsed()} · {path} · {picture}")
+    return path
+
+
+def open_first_stage(config: TrainConfig, checkpoint: dict | None, process: run.Process) -> dict:
+    """The first stage's config and weights, and their hash: out of a run that goes on, else from its own checkpoint, trained if need be."""
+    path = config.first_stage
+    if checkpoint is None and not config.vq and not finished(path):
+        process.wait_for_all()  # nobody writes the file before all have seen that it is not there
+        if process.rank == 0:
+            print(f"no finished first stage in {path.parent}: training it first", flush=True)
+        resume = ["--resume"] if path.exists() else []
+        train_vq.main(["--preset", config.preset, "--data", config.data, "--data-dir", config.data_dir, "--device", config.device,
+                       "--workers", str(config.workers), "--out", str(path.parent), *resume])
+        process.wait_for_all()
+    if checkpoint is not None and not path.exists():
+        return checkpoint["first_stage"]  # moved or removed since, but a run keeps a copy
+    found = run.load_checkpoint(path, "vq")
+    first_stage = {key: found[key] for key in ("config", "model_config", "model")}
+    first_stage |= {"path": str(path), "hash": run.weights_hash(found["model_config"], found["model"])}
+    if checkpoint is not None and checkpoint["first_stage"]["hash"] != first_stage["hash"]:
+        raise ValueError(f"{path} is not the first stage that the run in {config.folder} was trained on; start another run with --out, "
+                         "or move that file away to go on with the copy in the run's checkpoint")
+    trained_on = found["config"]["data_dir"]
+    if config.data == "folder" and not config.vq and Path(trained_on).resolve() != Path(config.data_dir).resolve():
+        raise ValueError(f"{path} was trained on {trained_on}, not on {config.data_dir}: name it with --vq to use it all the same, "
+                         "or train another with train_vq.py --out and name that")
+    return first_stage
+
+
+def finished(path: Path) -> bool:
+    if not path.exists():
+        return False
+    checkpoint = run.load_checkpoint(path, "vq")
+    return checkpoint["step"] >= checkpoint["config"]["steps"]
+
+
+def encode_pictures(config: TrainConfig, vq: VQ, first_stage: dict, process: run.Process) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of the training pictures, all views, and of the validation pictures, (N, h, w) uint16 each, from the cache or into it."""
+    options = first_stage["config"]
+    side = options["image_size"] // vq.config.downsampling
+    caches = []
+    for split, views in (("train", config.views), ("val", 1)):
+        dataset = data.open_dataset(config.data, config.data_dir, split, options["image_size"], options["flip"], options["upscale"])
+        codes = data.code_cache(
+            Path(config.codes_dir), dataset, views, config.seed, first_stage["hash"], vq.encode, (side, side), batch_size=64,
+            device=process.device, workers=data.worker_count(config.workers, config.data), rank=process.rank, world=process.world)
+        caches.append(codes.reshape(-1, side, side))  # (views, N, h, w) → (views * N, h, w)
+    return tuple(caches)
+
+
+def parameter_groups(gpt: GPT, weight_decay: float) -> list[dict]:
+    """Weights of linear layers decay; biases, norms and embeddings do not."""
+    linear = [module.weight for module in gpt.modules() if isinstance(module, nn.Linear)]
+    chosen = {id(weight) for weight in linear}
+    others = [parameter for parameter in gpt.parameters() if id(parameter) not in chosen]
+    return [{"params": linear, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def as_tokens(codes: np.ndarray, p: Tensor, start_token: int) -> Tensor:
+    """Grids as the GPT reads them: (B, h, w) → (B, 1 + T) int64, the start token and then the codes in the order p (T,)."""
+    sequence = unroll(torch.from_numpy(codes.astype(np.int64)), p)  # (B, T)
+    return F.pad(sequence, (1, 0), value=start_token)
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy in nats per image token: logits (B, T, V) against tokens[:, 1:], the start token is never predicted."""
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def evaluate(gpt: GPT, codes: np.ndarray, p: Tensor, config: TrainConfig, process: run.Process) -> float:
+    """Nats per token over all validation grids."""
+    gpt.eval()
+    nats = torch.zeros(2, dtype=torch.float64, device=process.device)  # sum over pictures, number of pictures
+    for batch in data.fixed_order(len(codes), config.batch_size, rank=process.rank, world=process.world):
+        tokens = as_tokens(codes[[index for index, _ in batch]], p, gpt.config.vocab_size - 1).to(process.device)  # (B, 1 + T)
+        with process.autocast():
+            nats[0] += next_token_loss(gpt(tokens[:, :-1]), tokens) * len(tokens)
+        nats[1] += len(tokens)
+    gpt.train()
+    total, pictures = process.total(nats).tolist()
+    return total / pictures
+
+
+def sample(gpt: GPT, vq: VQ, p: Tensor, grid: tuple[int, int], config: TrainConfig, process: run.Process) -> Tensor:
+    """32 pictures, with the same random numbers at each evaluation: (32, C, H, W)."""
+    start_token = gpt.config.vocab_size - 1
+    prefix = torch.full((32, 1), start_token, device=process.device)
+    generator = torch.Generator(process.device).manual_seed(config.seed)
+    with process.autocast():
+        tokens = gpt.generate(prefix, len(p), config.temperature, config.top_k, generator, sampled_tokens=start_token)
+        return vq.decode(roll_up(tokens[:, 1:], p.to(tokens.device), *grid))
+
+
+if __name__ == "__main__":
+    run.command_line(main)

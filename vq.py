@@ -1,0 +1,253 @@
+"""The first stage: a convolutional autoencoder whose latent grid is quantized with a codebook (§2; §A.1).
+
+    images (B, C, H, W) → encoder → latents (B, D, h, w) → nearest of K codes → decoder → reconstructions (B, C, H, W)
+
+The paper's network takes 256×256×3 to 16×16×256 with 1,024 codes; for CIFAR-10 it halves the picture once, 32×32 to 16×16.
+Images are float32 in [−1, 1].
+
+Symbols: B batch, C channels, H×W pixels, h×w code grid, K codes, D code width, N = B·h·w vectors.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import nearest_code
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """All that is needed to rebuild the network. Raises ValueError for sizes that do not fit together."""
+    image_channels: int = 3
+    base_channels: int = 128  # channels at full resolution; this and the next two as in the authors' released model
+    channel_multipliers: str = "1,1,2,2,4"  # one per resolution, times base_channels; each comma halves the picture: 256 → 16, §A.1
+    residual_blocks: int = 2  # per resolution in the encoder, one more in the decoder
+    codebook_size: int = 1024  # K, §A.1
+    code_width: int = 256  # D, §A.1
+    commitment_weight: float = 0.25  # β, §A.1
+
+    def __post_init__(self):
+        for name in ("image_channels", "base_channels", "residual_blocks", "codebook_size", "code_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not all(part.strip().isdigit() and int(part) > 0 for part in self.channel_multipliers.split(",")):
+            raise ValueError(f"channel_multipliers is {self.channel_multipliers!r}; it must be whole numbers like 1,1,2,2,4")
+        for width in self.widths:
+            if width % norm_groups(width):
+                raise ValueError(f"{width} channels do not split into {norm_groups(width)} groups for normalization; "
+                                 "choose base_channels and channel_multipliers whose products are multiples of 32")
+        if self.commitment_weight < 0:
+            raise ValueError(f"commitment_weight is {self.commitment_weight}; it must not be negative")
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels at each resolution, from the finest to the coarsest."""
+        return [self.base_channels * int(multiplier) for multiplier in self.channel_multipliers.split(",")]
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code along each side: 16 in the paper's model ("f16"), 2 for CIFAR-10."""
+        return 2 ** (len(self.widths) - 1)
+
+
+def norm_groups(channels: int) -> int:
+    """Groups for group normalization: 32 as the authors have it, fewer for narrow layers so that a group keeps four channels."""
+    return min(32, max(1, channels // 4))
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(norm_groups(channels), channels, eps=1e-6)
+
+
+def conv(channels: int, out_channels: int, size: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(channels, out_channels, size, padding=size // 2)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(norm(channels), nn.SiLU(), conv(channels, out_channels),
+                                    norm(out_channels), nn.SiLU(), conv(out_channels, out_channels))
+        self.shortcut = nn.Identity() if channels == out_channels else conv(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.layers(x)  # (B, out_channels, H, W)
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention between all cells of the coarsest grid."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = norm(channels)
+        self.qkv = conv(channels, 3 * channels, 1)
+        self.out = conv(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).view(B, 3, 1, C, h * w)
+        q, k, v = qkv.transpose(3, 4).unbind(1)  # 3 × (B, 1, h*w, C)
+        mixed = F.scaled_dot_product_attention(q, k, v)  # (B, 1, h*w, C)
+        return x + self.out(mixed.transpose(2, 3).reshape(B, C, h, w))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H, W) → (B, C, H/2, W/2)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = conv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, H, W) → (B, C, 2H, 2W)
+
+
+def encoder(config: VQConfig) -> nn.Sequential:
+    """images (B, C, H, W) → latents (B, D, h, w)."""
+    channels = config.base_channels
+    layers = [conv(config.image_channels, channels)]
+    for level, width in enumerate(config.widths):
+        if level > 0:
+            layers.append(Downsample(channels))
+        for _ in range(config.residual_blocks):
+            layers.append(ResidualBlock(channels, width))
+            channels = width
+            if level == len(config.widths) - 1:
+                layers.append(AttentionBlock(channels))
+    layers += [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
+    layers += [norm(channels), nn.SiLU(), conv(channels, config.code_width), conv(config.code_width, config.code_width, 1)]
+    return nn.Sequential(*layers)
+
+
+def decoder(config: VQConfig) -> nn.Sequential:
+    """quantized latents (B, D, h, w) → images (B, C, H, W): the encoder reversed (§A.1)."""
+    channels = config.widths[-1]
+    layers = [conv(config.code_width, config.code_width, 1), conv(config.code_width, channels)]
+    layers += [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
+    for level, width in reversed(list(enumerate(config.widths))):
+        for _ in range(config.residual_blocks + 1):
+            layers.append(ResidualBlock(channels, width))
+            channels = width
+            if level == len(config.widths) - 1:
+                layers.append(AttentionBlock(channels))
+        if level > 0:
+            layers.append(Upsample(channels))
+    layers += [norm(channels), nn.SiLU(), conv(channels, config.image_channels)]
+    return nn.Sequential(*layers)
+
+
+class Quantizer(nn.Module):
+    """Replaces each latent vector by the nearest of K codes (§2, [8]). Computes in float32, under autocast too."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.commitment_weight = config.commitment_weight
+        self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.code_width))
+        nn.init.uniform_(self.codebook, -1 / config.codebook_size, 1 / config.codebook_size)  # until `initialize` sees data
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """latents (B, D, h, w) → quantized (B, D, h, w) with a straight-through gradient, codes (B, h, w) int64, scalar loss.
+
+        loss = |sg[z] − e|² + β·|z − sg[e]|², means over all elements: the first term moves the codes, the second the encoder.
+        """
+        B, D, h, w = latents.shape
+        with torch.autocast(latents.device.type, enabled=False):
+            vectors = as_vectors(latents.float())  # (N, D)
+            codes = nearest_code(vectors, self.codebook)  # (N,)
+            chosen = self.codebook[codes]  # (N, D)
+            loss = F.mse_loss(chosen, vectors.detach()) + self.commitment_weight * F.mse_loss(vectors, chosen.detach())
+            quantized = vectors + (chosen - vectors).detach()  # the value of `chosen`, the gradient of `vectors`
+        return quantized.view(B, h, w, D).permute(0, 3, 1, 2), codes.view(B, h, w), loss
+
+    @torch.no_grad()
+    def initialize(self, vectors: Tensor):
+        """Set the codebook to the K-means centres of encoder outputs (N, D): codes start where the data is."""
+        self.codebook.copy_(kmeans(vectors, len(self.codebook), iterations=10))
+
+    @torch.no_grad()
+    def restart(self, dead: Tensor, vectors: Tensor):
+        """Move the codes marked in `dead` (K,) bool onto encoder outputs drawn from vectors (N, D), where they will be used."""
+        self.codebook[dead] = draw(vectors, int(dead.sum()))
+
+
+class VQ(nn.Module):
+    """The autoencoder. `encode` and `decode` go from pictures to codes and back; `forward` is the training pass."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = encoder(config)
+        self.quantizer = Quantizer(config)
+        self.decoder = decoder(config)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images (B, C, H, W) → reconstructions (B, C, H, W), codes (B, h, w) int64, scalar quantization loss."""
+        quantized, codes, loss = self.quantizer(self.latents(images))
+        return self.decoder(quantized), codes, loss
+
+    def latents(self, images: Tensor) -> Tensor:
+        """What the quantizer sees: images (B, C, H, W) → (B, D, h, w). Raises ValueError if the picture does not halve evenly."""
+        channels, f = self.config.image_channels, self.config.downsampling
+        if images.ndim != 4 or images.shape[1] != channels or images.shape[2] % f or images.shape[3] % f:
+            raise ValueError(f"images are {tuple(images.shape)}; this first stage needs (B, {channels}, H, W) "
+                             f"with H and W divisible by {f}")
+        return self.encoder(images)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) float32 in [−1, 1] → codes (B, h, w) int64 in [0, K)."""
+        latents = self.latents(images)  # (B, D, h, w)
+        codes = nearest_code(as_vectors(latents.float()), self.quantizer.codebook)  # (N,)
+        return codes.view(len(images), *latents.shape[2:])
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """The codebook rows of codes (B, h, w): (B, D, h, w) float32."""
+        return self.quantizer.codebook[codes].permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes (B, h, w) int64 in [0, K) → images (B, C, H, W), near [−1, 1] but not clamped to it."""
+        return self.decoder(self.embed(codes)).float()
+
+
+def as_vectors(latents: Tensor) -> Tensor:
+    """(B, D, h, w) → (N, D), in row-major order of the cells."""
+    return latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+
+
+def draw(vectors: Tensor, count: int) -> Tensor:
+    """`count` random rows of vectors (N, D), each at most once more often than any other: (count, D)."""
+    order = torch.randperm(len(vectors)).repeat(math.ceil(count / len(vectors)))
+    return vectors[order[:count].to(vectors.device)]
+
+
+def kmeans(vectors: Tensor, count: int, iterations: int) -> Tensor:
+    """Lloyd's algorithm: vectors (N, D) float32 → centres (count, D). A centre that loses all its vectors moves onto a random one."""
+    centres = draw(vectors, count)  # (count, D)
+    for _ in range(iterations):
+        nearest = nearest_code(vectors, centres)  # (N,)
+        sizes = torch.bincount(nearest, minlength=count)  # (count,)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)  # (count, D)
+        centres = torch.where(sizes[:, None] > 0, sums / sizes.clamp(min=1)[:, None], draw(vectors, count))
+    return centres
+
+
+def codebook_use(counts: Tensor) -> tuple[int, float]:
+    """From how often each code occurs, (K,): the number of codes in use, and the perplexity exp(entropy), between 1 and K."""
+    return int((counts > 0).sum()), math.exp(entropy(counts))
+
+
+def entropy(counts: Tensor) -> float:
+    """Entropy of the empirical distribution of counts (K,), in nats: what a model that knows only frequencies pays per token."""
+    p = counts.double() / counts.sum()
+    return float(-(p * p.clamp(min=1e-300).log()).sum())
