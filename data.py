@@ -1,8 +1,9 @@
 """What comes in: the data sets, endless reproducible batches of them, and the cache of their codes.
 
-A data set is an object with `len()`, `dataset[index, key]` and `fingerprint()`. Its items are dicts of arrays: "image" (C, H, W) uint8
-and whatever else is known of the picture. Training batch number n is a pure function of the seed and n: a run that was interrupted
-goes on with the batch it would have seen, whatever the number of worker processes.
+A data set is an object with `len()`, `dataset[index, key]` and `fingerprint()`. Its items are dicts of
+arrays: "image" (C, H, W) uint8 and whatever else is known of the picture. Training batch number n is a pure
+function of the seed and n: a run that was interrupted goes on with the batch it would have seen, whatever the
+number of worker processes.
 
 Symbols: B batch, C channels, H×W pixels, h×w code grid, N pictures, S = image_size.
 """
@@ -31,12 +32,12 @@ CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")  # case does not matter
 VALIDATION_SHARE = 20  # one picture in 20 of a folder without train/ and val/
 
-# What distinguishes one look at a picture from another, for random crops and flips; None: the fixed look of the validation.
+# What distinguishes one look at a picture from another, for random crops and flips; None: validation's look.
 Key = tuple[int, ...] | None
 
 
 class Scenes:
-    """The drawn data set of scenes.py at S×S pixels. Pictures of up to 64 pixels are kept in memory once they have been drawn."""
+    """The drawn data set of scenes.py at S×S pixels. Pictures of up to 64 pixels, once drawn, are kept."""
 
     def __init__(self, split: str, size: int):
         self.split, self.size = split, size
@@ -60,16 +61,17 @@ class Scenes:
 
 
 class Cifar10:
-    """The official binary archive: 50,000 training and 10,000 test pictures of 32×32 with ten classes (§2)."""
+    """The official binary archive: 50,000 training, 10,000 test pictures of 32×32 with ten classes (§2)."""
 
     def __init__(self, split: str, directory: Path, flip: bool):
-        self.files = [cifar10_folder(directory) / name for name in
-                      ([f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"])]
+        names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+        self.files = [cifar10_folder(directory) / name for name in names]
         self.flip = flip and split == "train"
         records = []
         for file in self.files:
             if file.stat().st_size != 10_000 * 3073:
-                raise ValueError(f"{file} has {file.stat().st_size:,} bytes instead of 30,730,000: fetch the archive again")
+                raise ValueError(f"{file} has {file.stat().st_size:,} bytes instead of 30,730,000: "
+                                 "fetch the archive again")
             records.append(np.fromfile(file, np.uint8).reshape(10_000, 3073))
         records = np.concatenate(records)
         self.labels = records[:, 0].astype(np.int64)
@@ -90,9 +92,9 @@ class Cifar10:
 
 
 class Folder:
-    """Pictures anywhere below a folder, their shorter side resized to S; cropped at random in training, to the centre else.
+    """Pictures anywhere below a folder, shorter side resized to S; random crops in training, else the centre.
 
-    With train/ and val/ those are the splits; else one file in 20, chosen by the hash of its name, is kept for validation.
+    With train/ and val/ those are the splits; else one file in 20, by its name's hash, is for validation.
     """
 
     def __init__(self, split: str, directory: Path, size: int, flip: bool, upscale: bool):
@@ -101,12 +103,15 @@ class Folder:
         splits = [directory / name for name in ("train", "val")]
         given = all(folder.is_dir() for folder in splits)
         root = directory / split if given else directory
-        self.files = sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
+        self.files = sorted(path for path in root.rglob("*")
+                            if path.suffix.lower() in PICTURES and path.is_file())
         if not given:
-            self.files = [path for path in self.files if (split == "val") == kept_for_validation(path.relative_to(root))]
+            self.files = [path for path in self.files
+                          if (split == "val") == kept_for_validation(path.relative_to(root))]
         if not self.files:
-            raise FileNotFoundError(f"{root} has no {'' if given else split + ' '}pictures ({' '.join(PICTURES)}); "
-                                    f"put at least {1 if given else 2 * VALIDATION_SHARE} there, or name another --data-dir")
+            raise FileNotFoundError(
+                f"{root} has no {'' if given else split + ' '}pictures ({' '.join(PICTURES)}); "
+                f"put at least {1 if given else 2 * VALIDATION_SHARE} there, or name another --data-dir")
         self.size, self.flip, self.upscale, self.train = size, flip, upscale, split == "train"
 
     def __len__(self) -> int:
@@ -116,8 +121,8 @@ class Folder:
         index, key = item
         picture = open_picture(self.files[index], self.size)
         if min(picture.size) < self.size and not self.upscale:
-            raise ValueError(f"{self.files[index]} has {picture.width}×{picture.height} pixels, too few for an image_size of "
-                             f"{self.size}: remove it, lower --image-size, or add --upscale")
+            raise ValueError(f"{self.files[index]} has {picture.width}×{picture.height} pixels, too few for "
+                             f"an image_size of {self.size}: remove it, lower --image-size, or add --upscale")
         random = np.random.default_rng((*key, index)) if self.train and key is not None else None
         return {"image": crop(picture, self.size, self.flip, random)}
 
@@ -126,7 +131,7 @@ class Folder:
 
 
 def open_dataset(name: str, directory: str, split: str, size: int, flip: bool = False, upscale: bool = False):
-    """The `split` ("train" or "val") of a data set of S×S pictures. Raises ValueError or FileNotFoundError with what is missing."""
+    """The `split` ("train" or "val") of S×S pictures. ValueError or FileNotFoundError say what is missing."""
     if name == "scenes":
         return Scenes(split, size)
     if name == "cifar10":
@@ -138,8 +143,10 @@ def open_dataset(name: str, directory: str, split: str, size: int, flip: bool = 
 
 
 def open_picture(path: Path, size: int) -> Image.Image:
-    """Any picture as RGB: grey, palette, CMYK and 16-bit are converted, transparency is laid on white, photographs are turned
-    upright. `size` lets the JPEG decoder skip detail that the resize would lose. Raises ValueError for a file that is none."""
+    """Any picture as RGB, upright, transparency laid on white. Raises ValueError for a file that is none.
+
+    Grey, palette, CMYK and 16-bit are converted. `size` lets the JPEG decoder skip detail the resize loses.
+    """
     try:
         with Image.open(path) as file:
             file.draft("RGB", (2 * size, 2 * size))
@@ -158,7 +165,7 @@ def open_picture(path: Path, size: int) -> Image.Image:
 
 
 def crop(picture: Image.Image, size: int, flip: bool, random: np.random.Generator | None) -> ndarray:
-    """Resize the shorter side to S and cut out S×S pixels, (3, S, S) uint8: at random, or the centre if `random` is None."""
+    """Resize the shorter side to S, cut out S×S pixels, (3, S, S) uint8: at random, or if None the centre."""
     scale = size / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
@@ -196,19 +203,22 @@ def cifar10_folder(directory: Path) -> Path:
         try:
             urllib.request.urlretrieve(CIFAR10_URL, part)
         except OSError as error:
-            raise FileNotFoundError(f"CIFAR-10 is not in {directory} and could not be fetched ({error}): put {archive.name} from "
-                                    f"{CIFAR10_URL} there, or name the folder that has it with --data-dir") from None
+            raise FileNotFoundError(
+                f"CIFAR-10 is not in {directory} and could not be fetched ({error}): put {archive.name} from "
+                f"{CIFAR10_URL} there, or name the folder that has it with --data-dir") from None
         part.replace(archive)
     digest = hashlib.md5(archive.read_bytes()).hexdigest()
     if digest != CIFAR10_MD5:
-        raise ValueError(f"{archive} has the md5 sum {digest} instead of {CIFAR10_MD5}: remove it to fetch it again")
+        raise ValueError(f"{archive} has the md5 sum {digest} instead of {CIFAR10_MD5}: "
+                         "remove it to fetch it again")
     with tarfile.open(archive) as tar:
         tar.extractall(directory, filter="data")
     return directory / name
 
 
-def training_order(count: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[tuple[int, Key]]]:
-    """Batches of (index, key) without end, from batch number `start` on: a new permutation of all pictures for each epoch.
+def training_order(count: int, batch_size: int, seed: int, start: int = 0, rank: int = 0,
+                   world: int = 1) -> Iterator[list[tuple[int, Key]]]:
+    """Batches of (index, key) without end, from batch number `start` on: a new permutation for each epoch.
 
     Of each batch of `batch_size`, process `rank` of `world` gets every world-th element.
     """
@@ -223,17 +233,19 @@ def training_order(count: int, batch_size: int, seed: int, start: int = 0, rank:
         yield batch[rank::world]
 
 
-def fixed_order(count: int, batch_size: int, key: Key = None, rank: int = 0, world: int = 1) -> list[list[tuple[int, Key]]]:
-    """Each picture once, in order, in batches of up to `batch_size`: for validation and for the code cache."""
+def fixed_order(count: int, batch_size: int, key: Key = None, rank: int = 0,
+                world: int = 1) -> list[list[tuple[int, Key]]]:
+    """Each picture once, in order, in batches of up to `batch_size`: for validation and the code cache."""
     mine = range(rank, count, world)
     return [[(index, key) for index in mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
 
 
-def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device, workers: int) -> Iterator[Tensor]:
+def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device,
+         workers: int) -> Iterator[Tensor]:
     """The pictures of each batch of an order: (B, C, H, W) float32 in [−1, 1] on the device."""
     batches = DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=device.type == "cuda",
                          worker_init_fn=leave_interrupts_to_the_run,
-                         generator=torch.Generator())  # its own generator: the loader must not advance the run's random state
+                         generator=torch.Generator())  # its own: must not advance the run's random state
     for batch in batches:
         yield batch["image"].to(device, non_blocking=True).float() / 127.5 - 1
 
@@ -244,24 +256,26 @@ def leave_interrupts_to_the_run(worker: int):
 
 
 def worker_count(asked: int, name: str) -> int:
-    """Processes that prepare pictures. −1 asked: none where they lie in memory or are small drawings, else one per core, at most 8."""
+    """Processes that prepare pictures. −1 asked: none for data in memory or drawn, else one per core, ≤ 8."""
     return min(8, os.cpu_count() or 1) if asked < 0 and name == "folder" else max(asked, 0)
 
 
 @torch.no_grad()
-def code_cache(directory: Path, dataset, views: int, seed: int, first_stage: str, encode: Callable[[Tensor], Tensor], grid: tuple[int, int],
-               batch_size: int, device: torch.device, workers: int, rank: int, world: int) -> ndarray:
-    """Codes of each picture of a data set, (views, N, h, w) uint16 as a read-only memory map, from a file if one fits.
+def code_cache(directory: Path, dataset, views: int, seed: int, first_stage: str,
+               encode: Callable[[Tensor], Tensor], grid: tuple[int, int], batch_size: int,
+               device: torch.device, workers: int, rank: int, world: int) -> ndarray:
+    """Codes of each picture of a data set, (views, N, h, w) uint16 as a read-only memory map of a file.
 
-    View 0 is the plain picture, the others are cropped and flipped at random. The file's name is the hash of all that its codes
-    depend on: `first_stage` (the hash of its weights), the pictures and the views. So a stale file is never read, and runs of all
-    orders share one. `encode` takes images (B, C, H, W) to codes (B, h, w); with several processes each encodes its share.
+    View 0 is the plain picture, the others are cropped and flipped at random. The file's name is the hash of
+    all that its codes depend on: `first_stage` (the hash of its weights), the pictures and the views. So a
+    stale file is never read, and runs of all orders share one. `encode` takes images (B, C, H, W) to codes
+    (B, h, w); with several processes each encodes its share.
     """
     text = json.dumps([first_stage, dataset.fingerprint(), views, seed if views > 1 else None])
     path = directory / f"codes-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
     missing = [None if path.is_file() else os.getpid()]
     if world > 1:
-        torch.distributed.broadcast_object_list(missing, device=device)  # all processes agree, and on one temporary file
+        torch.distributed.broadcast_object_list(missing, device=device)  # all agree, and on one part file
     if missing[0] is not None:
         part = path.with_suffix(f".{missing[0]}.part")
         if rank == 0:

@@ -1,7 +1,7 @@
-"""GPT-2, which writes a grid of codes token by token (§2; §A.1: 24 layers, 16 heads, 1,024 wide, 307 M parameters).
+"""GPT-2, which writes a grid of codes token by token (§2; §A.1: 24 layers, 16 heads, 1,024 wide, 307 M).
 
-One forward serves training, the prompt and single-token decoding: without a cache it sees the whole sequence, with one it sees
-the new tokens and reads keys and values of the earlier ones from the cache.
+One forward serves training, the prompt and single-token decoding: without a cache it sees the whole sequence,
+with one it sees the new tokens and reads keys and values of the earlier ones from the cache.
 
 Symbols: B batch, T sequence, C embedding width, V vocabulary, P prefix, d head_dim.
 """
@@ -19,7 +19,7 @@ from kernels import causal_attention
 @dataclass(frozen=True)
 class GPTConfig:
     """All that is needed to rebuild the network. Raises ValueError for sizes that do not fit together."""
-    vocab_size: int = 2048  # 1,024 image codes and 1,024 condition codes in disjoint ranges, §A.1's 307 M parameters
+    vocab_size: int = 2048  # 1,024 image and 1,024 condition codes in disjoint ranges: 307 M parameters, §A.1
     block_size: int = 512  # positions: 256 of a condition and 256 of an image, §4
     n_layer: int = 24  # GPT2-medium, §A.1
     n_head: int = 16
@@ -31,7 +31,8 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd is {self.n_embd}, which {self.n_head} heads do not divide; choose a multiple of n_head")
+            raise ValueError(f"n_embd is {self.n_embd}, which {self.n_head} heads do not divide; "
+                             "choose a multiple of n_head")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1)")
 
@@ -46,8 +47,9 @@ class KeyValueCache:
         self.length = 0  # positions filled
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new positions of one layer, (B, heads, T, d) each; return all positions so far, (B, heads, length + T, d)."""
+        """Write one layer's new positions, (B, heads, T, d) each; return all, (B, heads, length + T, d)."""
         end = self.length + key.shape[2]
+        assert end <= self.keys.shape[3], f"{end} tokens in a cache for {self.keys.shape[3]}"
         self.keys[layer, :, :, self.length:end] = key
         self.values[layer, :, :, self.length:end] = value
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
@@ -64,7 +66,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # 3 × (B, heads, T, d)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 × (B, heads, T, d)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, heads, length + T, d)
         x = causal_attention(q, k, v)  # (B, heads, T, d)
@@ -90,7 +93,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """tokens (B, T) int64 in [0, vocab_size) → logits (B, T, V). The head is not tied to the embedding (307,030,016 parameters)."""
+    """tokens (B, T) int64 in [0, vocab_size) → logits (B, T, V). The head is not tied to the embedding.
+
+    §A.1's size has 307,030,016 parameters.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -102,8 +108,8 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
-            if name.endswith(("attention.out.weight", "mlp.2.weight")):  # writes into the residual stream, 2 per layer
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))  # GPT-2, §2.3 of its report
+            if name.endswith(("attention.out.weight", "mlp.2.weight")):  # into the residual stream
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))  # GPT-2's report, §2.3
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
@@ -118,7 +124,8 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         if end > self.config.block_size:
-            raise ValueError(f"{end} tokens do not fit the {self.config.block_size} positions of this GPT (block_size)")
+            raise ValueError(f"{end} tokens do not fit the {self.config.block_size} positions of this GPT "
+                             "(block_size)")
         positions = torch.arange(start, end, device=tokens.device)  # (T,)
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # (B, T, C)
         for block in self.blocks:
@@ -129,43 +136,54 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, prefix: Tensor, steps: int, temperature: float = 1.0, top_k: int = 100,  # both §A.1
-                 generator: torch.Generator | None = None, top_p: float = 1.0, sampled_tokens: int | None = None,
-                 cached: bool = True) -> Tensor:
+                 generator: torch.Generator | None = None, top_p: float = 1.0,
+                 sampled_tokens: int | None = None, cached: bool = True) -> Tensor:
         """Continue a prefix: (B, P) int64 → (B, P + steps), the prefix first.
 
-        Only tokens below `sampled_tokens` are drawn (None: the whole vocabulary), so that a start token or a condition is never
-        written into an image; of those the `top_k` likeliest (0: all), and of those the fewest that together hold `top_p` of
-        the probability. `cached=False` runs the whole sequence anew for each token: the same tokens, slower (§2's 14.08×).
+        Only tokens below `sampled_tokens` are drawn (None: the whole vocabulary), so that a start token or a
+        condition is never written into an image; of those the `top_k` likeliest (0: all), and of those the
+        fewest that together hold `top_p` of the probability. `cached=False` runs the whole sequence anew for
+        each token: the same tokens, slower (§2's 14.08×).
         Raises ValueError for an empty prefix, or if P + steps − 1 positions do not fit `block_size`.
         """
         check_sampling(temperature, top_k, top_p)
         if prefix.shape[1] == 0:
             raise ValueError("generate needs a prefix of at least one token: a start token or a condition")
         if prefix.shape[1] + steps - 1 > self.config.block_size:
-            raise ValueError(f"a prefix of {prefix.shape[1]} and {steps} steps do not fit the {self.config.block_size} positions "
-                             "of this GPT (block_size)")
+            raise ValueError(f"a prefix of {prefix.shape[1]} and {steps} steps do not fit the "
+                             f"{self.config.block_size} positions of this GPT (block_size)")
+        if steps < 0 or not 1 <= (sampled_tokens or self.config.vocab_size) <= self.config.vocab_size:
+            raise ValueError(f"steps is {steps} and sampled_tokens {sampled_tokens}; steps must be at least "
+                             "0, sampled_tokens at least 1 and at most the vocabulary's "
+                             f"{self.config.vocab_size}")
         training = self.training
         self.eval()
-        cache = KeyValueCache(self.config, len(prefix), prefix.shape[1] + steps - 1, self._activation()) if cached else None
+        capacity = prefix.shape[1] + max(0, steps - 1)
+        cache = KeyValueCache(self.config, len(prefix), capacity, self._activation()) if cached else None
         tokens = torch.cat([prefix, prefix.new_zeros(len(prefix), steps)], 1)  # (B, P + steps)
-        for end in range(prefix.shape[1], tokens.shape[1]):
-            logits = self(tokens[:, cache.length if cached else 0:end], cache)[:, -1]  # (B, V)
-            probabilities = next_token_probabilities(logits[:, :sampled_tokens], temperature, top_k, top_p)
-            tokens[:, end] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]  # (B,)
-        self.train(training)
+        try:
+            for end in range(prefix.shape[1], tokens.shape[1]):
+                logits = self(tokens[:, cache.length if cached else 0:end], cache)[:, -1]  # (B, V)
+                logits = logits[:, :sampled_tokens]
+                probabilities = next_token_probabilities(logits, temperature, top_k, top_p)
+                tokens[:, end] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]  # (B,)
+        finally:
+            self.train(training)
         return tokens
 
     def _activation(self) -> Tensor:
         """An empty tensor on the device, and of the dtype, that keys and values have."""
         weight = self.head.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
-        return weight.new_empty(0, dtype=torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype)
+        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        return weight.new_empty(0, dtype=dtype)
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float):
     """Raises ValueError for settings that no distribution can be sampled with."""
     if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it must be above 0 (for the likeliest token always, use top_k 1)")
+        raise ValueError(f"temperature is {temperature}; it must be above 0 "
+                         "(for the likeliest token always, use top_k 1)")
     if top_k < 0:
         raise ValueError(f"top_k is {top_k}; it must be at least 1, or 0 to keep all tokens")
     if not 0 < top_p <= 1:
@@ -175,8 +193,8 @@ def check_sampling(temperature: float, top_k: int, top_p: float):
 def next_token_probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """Distribution that the next token is drawn from: logits (B, V) → (B, V) float32, rows sum to 1.
 
-    top_k keeps the k likeliest tokens and whatever ties with the last of them; top_p the likeliest tokens up to and including
-    the one whose cumulative probability first reaches p.
+    top_k keeps the k likeliest tokens and whatever ties with the last of them; top_p the likeliest tokens up
+    to and including the one whose cumulative probability first reaches p.
     """
     logits = logits.float() / temperature  # (B, V)
     if 0 < top_k < logits.shape[1]:

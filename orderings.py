@@ -1,8 +1,8 @@
-"""The five orders in which a grid of codes becomes a sequence (§3, "On the Inherent Ordering of Image Data", Fig. 2).
+"""The five orders in which a grid of codes becomes a sequence (§3, "On the Inherent Ordering of Image Data").
 
-An order is a permutation p of the h·w cells: p[t] is the row-major index of the cell that is visited at step t. The picture in
-each docstring is its inverse, the rank grid: it shows for each cell of a 4×4 grid at which step it is visited. Those pictures
-are run as tests.
+An order (Fig. 2) is a permutation p of the h·w cells: p[t] is the row-major index of the cell that is visited
+at step t. The picture in each docstring is its inverse, the rank grid: it shows for each cell of a 4×4 grid
+at which step it is visited. Those pictures are run as tests.
 
 Symbols: B batch, h×w code grid, T = h·w steps.
 """
@@ -22,8 +22,8 @@ def cells(height: int, width: int) -> Tensor:
 def square_of_a_power_of_two(name: str, height: int, width: int) -> Tensor:
     """`cells` for the two orders that are defined by halving a square again and again; else ValueError."""
     if height != width or height < 1 or height & (height - 1):
-        raise ValueError(f"the order {name} needs a square grid whose side is a power of two, not {height}×{width}; "
-                         "row, spiral and alternate take any size")
+        raise ValueError(f"the order {name} needs a square grid whose side is a power of two, not "
+                         f"{height}×{width}; row, spiral and alternate take any size")
     return cells(height, width)
 
 
@@ -42,8 +42,8 @@ def row(height: int, width: int) -> Tensor:
 def spiral(height: int, width: int) -> Tensor:
     """From the centre outwards, for pictures of a centred object: (height*width,) int64.
 
-    Starts left of and below the centre, then up, right, down, left in legs of 1, 1, 2, 2, 3, 3, … cells; what lies outside the
-    grid is skipped.
+    Starts left of and below the centre, then up, right, down, left in legs of 1, 1, 2, 2, 3, 3, … cells; what
+    lies outside the grid is skipped.
 
     >>> print(picture(spiral(4, 4), 4, 4))
      9 10 11 12
@@ -67,7 +67,9 @@ def spiral(height: int, width: int) -> Tensor:
 
 
 def zcurve(height: int, width: int) -> Tensor:
-    """Quadrant by quadrant (Morton code), which keeps neighbours together: (height*width,) int64. Squares of a power of two.
+    """Quadrant by quadrant (Morton code), which keeps neighbours together: (height*width,) int64.
+
+    Squares of a power of two.
 
     >>> print(picture(zcurve(4, 4), 4, 4))
      0  1  4  5
@@ -79,15 +81,17 @@ def zcurve(height: int, width: int) -> Tensor:
         if square.numel() == 1:
             return square.flatten()
         n = len(square) // 2
-        return torch.cat([visit(square[:n, :n]), visit(square[:n, n:]), visit(square[n:, :n]), visit(square[n:, n:])])
+        return torch.cat([visit(square[:n, :n]), visit(square[:n, n:]),
+                          visit(square[n:, :n]), visit(square[n:, n:])])
 
     return visit(square_of_a_power_of_two("zcurve", height, width))
 
 
 def subsample(height: int, width: int) -> Tensor:
-    """Every second row and column first, so that a prefix is a small version: (height*width,) int64. Squares of a power of two.
+    """Every second row and column first, so that a prefix is a small version: (height*width,) int64.
 
-    The same recursion as `zcurve`, over the four interleaved quarters instead of the four quadrants.
+    Squares of a power of two. The same recursion as `zcurve`, over the four interleaved quarters instead of
+    the four quadrants.
 
     >>> print(picture(subsample(4, 4), 4, 4))
      0  4  1  5
@@ -130,18 +134,21 @@ def ranks(p: Tensor, height: int, width: int) -> Tensor:
 def picture(p: Tensor, height: int, width: int) -> str:
     """The rank grid of an order as text, as the docstrings above show it."""
     digits = len(str(height * width - 1))
-    return "\n".join(" ".join(f"{rank:{digits}d}" for rank in line) for line in ranks(p, height, width).tolist())
+    lines = ranks(p, height, width).tolist()
+    return "\n".join(" ".join(f"{rank:{digits}d}" for rank in line) for line in lines)
 
 
 def unroll(codes: Tensor, p: Tensor) -> Tensor:
-    """The grid as a sequence: codes (B, h, w) → (B, T), in the order p (T,). Raises ValueError if the sizes differ."""
+    """The grid as a sequence: codes (B, h, w) → (B, T), in the order p (T,). ValueError if sizes differ."""
     if codes.shape[1] * codes.shape[2] != p.numel():
-        raise ValueError(f"an order of {p.numel()} steps cannot unroll a grid of {codes.shape[1]}×{codes.shape[2]} cells")
+        raise ValueError(f"an order of {p.numel()} steps cannot unroll a grid of "
+                         f"{codes.shape[1]}×{codes.shape[2]} cells")
     return codes.flatten(1)[:, p]  # (B, h, w) → (B, h*w) → (B, T)
 
 
 def roll_up(sequence: Tensor, p: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `unroll`: sequence (B, T) → codes (B, height, width). Raises ValueError if the sizes differ."""
+    """The inverse of `unroll`: sequence (B, T) → codes (B, height, width). ValueError if sizes differ."""
     if not sequence.shape[1] == p.numel() == height * width:
-        raise ValueError(f"a sequence of {sequence.shape[1]} and an order of {p.numel()} steps do not fill {height}×{width} cells")
+        raise ValueError(f"a sequence of {sequence.shape[1]} and an order of {p.numel()} steps do not fill "
+                         f"{height}×{width} cells")
     return sequence[:, torch.argsort(p)].view(-1, height, width)  # (B, T) → (B, h*w) → (B, h, w)

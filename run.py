@@ -1,7 +1,6 @@
-"""What every script shares: its config from the command line, the device, checkpoints, the log, pictures out, and how it ends.
+"""What every script shares: the command line's config, device, checkpoints, log, pictures, and how it ends.
 
-A config is a frozen dataclass of plain int, float, str and bool fields. The trailing comment of each field is its help text, and the
-config is stored in every checkpoint, so that command line, checkpoint and documentation cannot disagree.
+A config is a frozen dataclass of int, float, str and bool fields; trailing comments are its flags' help.
 """
 import argparse
 import contextlib
@@ -27,15 +26,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# ---- config ----
-
 
 def configure(presets: dict[str, Any], argv: list[str] | None) -> tuple[Any, dict | None]:
     """The config that the command line asks for, and the checkpoint to go on from (None: start anew).
 
-    Flags override the preset. With --resume they override the config in the checkpoint, and only those of the config's
-    `CHANGEABLE` may differ from it. Raises ValueError with one sentence for anything else, also for a folder that already
-    holds a run.
+    Flags override the preset, or with --resume the checkpoint's config, if `CHANGEABLE`. Raises ValueError.
     """
     try:
         config_class = type(presets["demo"])
@@ -52,15 +47,18 @@ def configure(presets: dict[str, Any], argv: list[str] | None) -> tuple[Any, dic
             return config, None
         checkpoint = load_checkpoint(path, config.KIND)
         if not config.resume:
-            raise ValueError(f"{config.folder} already holds a run ({checkpoint['step']} of {checkpoint['config']['steps']} steps done); "
+            done = f"{checkpoint['step']} of {checkpoint['config']['steps']} steps done"
+            raise ValueError(f"{config.folder} already holds a run ({done}); "
                              "add --resume to go on with it, or name another --out")
         if set(checkpoint["config"]) != {field.name for field in dataclasses.fields(config_class)}:
-            raise ValueError(f"{path} was written by another version of this code, whose flags differ; start another run with --out")
+            raise ValueError(f"{path} was written by another version of this code, whose flags differ; "
+                             "start another run with --out")
         config = dataclasses.replace(config_class(**checkpoint["config"]), **flags)
         for name, value in checkpoint["config"].items():
             if name not in config.CHANGEABLE and getattr(config, name) != value:
-                raise ValueError(f"{name} is {getattr(config, name)!r} but the run in {config.folder} has {value!r}; "
-                                 f"leave --{name.replace('_', '-')} out to go on with it, or start another run with --out")
+                raise ValueError(
+                    f"{name} is {getattr(config, name)!r} but the run in {config.folder} has {value!r}; "
+                    f"leave --{name.replace('_', '-')} out to go on with it, or start another run with --out")
         return config, checkpoint
     except ValueError as error:
         error.exit_status = 2
@@ -68,21 +66,24 @@ def configure(presets: dict[str, Any], argv: list[str] | None) -> tuple[Any, dic
 
 
 def parse_flags(presets: dict[str, Any], argv: list[str] | None) -> dict[str, Any]:
-    """The fields that the command line names: type from the annotation, help from the comment. Raises ValueError."""
+    """The fields that the command line names: type from annotation, help from comment. Raises ValueError."""
     config_class = type(presets["demo"])
-    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(config_class), re.MULTILINE))
-    parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = inspect.getsource(config_class)
+    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.MULTILINE))
+    parser = argparse.ArgumentParser(
+        description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(config_class):
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type, "metavar": field.type.__name__}
+        kind = ({"action": argparse.BooleanOptionalAction} if field.type is bool
+                else {"type": field.type, "metavar": field.type.__name__})
         values = {name: getattr(preset, field.name) for name, preset in presets.items()}
-        default = values["demo"] if len(set(values.values())) == 1 else ", ".join(f"{name} {value}" for name, value in values.items())
-        text = comments[field.name] if field.name == "preset" or default == "" else f"{comments[field.name]} [{default}]"
+        comment, each = comments[field.name], ", ".join(f"{name} {value}" for name, value in values.items())
+        default = values["demo"] if len(set(values.values())) == 1 else each
+        text = comment if field.name == "preset" or default == "" else f"{comment} [{default}]"
         parser.add_argument(f"--{field.name.replace('_', '-')}", help=text.replace("%", "%%"), **kind)
 
     def refuse(message: str):
         raise ValueError(f"{message}; --help lists the flags")
-
     parser.error = refuse
     return vars(parser.parse_args(argv))
 
@@ -106,20 +107,18 @@ def check_betas(config: Any):
 
 def check_shared_evenly(batch_size: int, world: int):
     if batch_size % world:
-        raise ValueError(f"batch_size is {batch_size}, which {world} processes cannot share evenly; choose a multiple of {world}")
+        raise ValueError(f"batch_size is {batch_size}, which {world} processes cannot share evenly; "
+                         f"choose a multiple of {world}")
 
 
 def learning_rate(config: Any, step: int) -> float:
-    """lr at a step: linear over `warmup_steps`, then constant (the paper), or falling to a twentieth along a cosine with `decay`."""
+    """lr: linear over `warmup_steps`, then constant (the paper), or with `decay` a cosine to a twentieth."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if not config.decay:
         return config.lr
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-# ---- processes and devices ----
 
 
 class Process(NamedTuple):
@@ -144,14 +143,15 @@ class Process(NamedTuple):
 
 
 def start(device: str, seed: int) -> Process:
-    """Choose the device ("auto": a GPU if there is one), join the other processes of torchrun, seed torch. Raises ValueError."""
+    """Choose the device ("auto": a GPU if any), join torchrun's other processes, seed. Raises ValueError."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device is {device!r}, which torch cannot use here ({str(error).splitlines()[0]}); try --device cpu") from None
+        raise ValueError(f"device is {device!r}, which torch cannot use here ({str(error).splitlines()[0]}); "
+                         "try --device cpu") from None
     device = torch.device(device)
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -163,7 +163,8 @@ def start(device: str, seed: int) -> Process:
 
 
 def random_state() -> dict[str, Tensor]:
-    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state()} | cuda
 
 
 def set_random_state(state: dict[str, Tensor]):
@@ -174,22 +175,18 @@ def set_random_state(state: dict[str, Tensor]):
 
 @contextlib.contextmanager
 def stop_signal(process: Process) -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C (and SIGTERM) only takes a note: `with stop_signal(process) as stopping:` … `if stopping():` save and leave.
-
-    A second Ctrl-C stops at once. All processes of a run get the same answer.
-    """
+    """Ctrl-C and SIGTERM only take a note: `with stop_signal(process) as stopping: … if stopping(): save`."""
     asked = threading.Event()
 
     def note(number, frame):
         if asked.is_set():
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt  # a second Ctrl-C stops at once
         asked.set()
 
-    def stopping() -> bool:
+    def stopping() -> bool:  # all processes of a run get the same answer
         if process.world == 1:
             return asked.is_set()
         return process.total(torch.tensor(float(asked.is_set()), device=process.device)).item() > 0
-
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stopping
@@ -199,7 +196,7 @@ def stop_signal(process: Process) -> Iterator[Callable[[], bool]]:
 
 
 def command_line(main: Callable[[], None]):
-    """Run a script: a user's mistake ends with one sentence, status 2 for a flag and 1 for a file, and without traceback."""
+    """Run a script; a user's mistake ends with one sentence, status 2 (flag) or 1 (file), no traceback."""
     try:
         main()
     except KeyboardInterrupt as error:
@@ -219,14 +216,11 @@ def command_line(main: Callable[[], None]):
     sys.exit(status)
 
 
-# ---- checkpoints ----
-
-
 def save_checkpoint(path: Path, checkpoint: dict):
-    """Write a dict of numbers, strings and tensors: a crash or a full disk at any moment leaves the previous file intact. Raises OSError."""
+    """Write a dict of plain values and tensors; a crash or full disk leaves the old file. Raises OSError."""
     part = path.with_suffix(".part")
-    provenance = {"command": " ".join(sys.argv), "torch": str(torch.__version__), "python": platform.python_version(),
-                  "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+    provenance = {"command": " ".join(sys.argv), "torch": str(torch.__version__),
+                  "python": platform.python_version(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:
         with part.open("wb") as file:
             torch.save(checkpoint | {"provenance": provenance}, file)
@@ -235,23 +229,26 @@ def save_checkpoint(path: Path, checkpoint: dict):
         part.replace(path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        raise OSError(f"{path} of step {checkpoint['step']} could not be written ({str(error).splitlines()[0]}): "
-                      "make room and go on with --resume; the checkpoint before it is intact") from None
+        raise OSError(
+            f"{path} of step {checkpoint['step']} could not be written ({str(error).splitlines()[0]}): "
+            "make room and go on with --resume; the checkpoint before it is intact") from None
 
 
 def load_checkpoint(path: str | Path, kind: str) -> dict:
-    """Read a checkpoint of the given kind ("vq" or "gpt") onto the CPU. Raises FileNotFoundError, or ValueError for another file."""
+    """Read a checkpoint ("vq", "gpt") onto the CPU. Raises FileNotFoundError; ValueError for another file."""
+    advice = f"name a checkpoint.pt that train_{kind}.py has written"
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; name a checkpoint.pt that train_{kind}.py has written")
+        raise FileNotFoundError(f"{path} does not exist; {advice}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged, or holds more than numbers, strings and tensors ({type(error).__name__}); "
-                         f"name a checkpoint.pt that train_{kind}.py has written") from None
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError,
+            AttributeError) as error:
+        raise ValueError(f"{path} is damaged, or holds more than numbers, strings and tensors "
+                         f"({type(error).__name__}); {advice}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
         found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-        raise ValueError(f"{path} is {'a checkpoint of train_' + found + '.py' if found else 'of another program'}; "
-                         f"name a checkpoint.pt that train_{kind}.py has written")
+        origin = f"a checkpoint of train_{found}.py" if found else "of another program"
+        raise ValueError(f"{path} is {origin}; {advice}")
     return checkpoint
 
 
@@ -264,11 +261,8 @@ def weights_hash(model_config: dict, weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# ---- the log ----
-
-
 class Log:
-    """Status lines on the screen and in log.jsonl; a resumed run first drops the lines after its checkpoint."""
+    """Status lines on screen and in log.jsonl; a resumed run first drops the lines after its checkpoint."""
 
     def __init__(self, folder: Path, process: Process, first_step: int, steps: int):
         self.path, self.process, self.steps = folder / "log.jsonl", process, steps
@@ -276,24 +270,27 @@ class Log:
         self.first_step = self.last_step = first_step
         self.sums, self.counts = {}, {}
         if process.rank == 0:
-            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and first_step else []
+            text = self.path.read_text() if self.path.exists() and first_step else ""
             part = self.path.with_suffix(".part")
-            part.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step))
+            part.write_text("".join(line for line in text.splitlines(keepends=True)
+                                    if line.endswith("\n") and json.loads(line)["step"] <= first_step))
             part.replace(self.path)
 
     def add(self, **values: Tensor):
-        """Collect values of this step for the mean that the next line shows; reads nothing back from the GPU."""
+        """Collect values of this step for the mean on the next line; reads nothing back from the GPU."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """Means of what was collected since the last call, over all processes. Raises ValueError if one is not finite."""
-        means = {name: float(self.process.total(value)) / self.counts[name] / self.process.world for name, value in self.sums.items()}
+        """Means of what was added since the last call, over all processes. ValueError if not finite."""
+        means = {name: float(self.process.total(value)) / self.counts[name] / self.process.world
+                 for name, value in self.sums.items()}
         self.sums, self.counts = {}, {}
         for name, value in means.items():
             if not math.isfinite(value):
-                raise ValueError(f"the {name} loss became {value}: go on from the last checkpoint with --resume and a lower --lr")
+                raise ValueError(f"the {name} loss became {value}: go on from the last checkpoint with "
+                                 "--resume and a lower --lr")
         return means
 
     def elapsed(self) -> str:
@@ -306,15 +303,17 @@ class Log:
         left = (now - self.began) / max(1, step - self.first_step) * (self.steps - step)
         self.last, self.last_step = now, step
         if self.process.rank == 0:
-            speed = f"{seconds * 1e3:.0f} ms/step · {si(units_per_step / seconds)} {unit}/s · {memory(self.process.device):.1f} GiB"
+            rate, peak = units_per_step / seconds, memory(self.process.device)
+            speed = f"{seconds * 1e3:.0f} ms/step · {si(rate)} {unit}/s · {peak:.1f} GiB"
             print(f"step {step}/{self.steps} · {text} · {speed} · eta {duration(left)}", flush=True)
             with self.path.open("a") as file:
-                numbers = {"step": step} | values | {"ms_per_step": seconds * 1e3, f"{unit}_per_s": units_per_step / seconds}
+                numbers = {"step": step} | values | {"ms_per_step": seconds * 1e3, f"{unit}_per_s": rate}
                 file.write(json.dumps(numbers) + "\n")
 
 
 def si(number: float) -> str:
-    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.1f}k" if number >= 1e3 else f"{number:.0f}"
+    thousands = f"{number / 1e3:.1f}k" if number >= 1e3 else f"{number:.0f}"
+    return f"{number / 1e6:.1f}M" if number >= 1e6 else thousands
 
 
 def duration(seconds: float) -> str:
@@ -324,7 +323,7 @@ def duration(seconds: float) -> str:
 
 
 def memory(device: torch.device) -> float:
-    """Peak memory in GiB: what torch allocated on a GPU, what the process holds on a CPU (nan where the system does not tell)."""
+    """Peak memory in GiB: torch's on a GPU, the process's on a CPU (nan where the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
@@ -334,16 +333,13 @@ def memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-# ---- pictures ----
-
-
 def to_pixels(images: Tensor) -> np.ndarray:
     """images (..., C, H, W) in [−1, 1], clamped → (..., H, W, C) uint8."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
 
 
 def picture_grid(images: Tensor, columns: int, side: int = 96) -> Image.Image:
-    """images (N, C, H, W) in [−1, 1], row by row, with small ones enlarged to about `side` pixels so that a person can see them."""
+    """images (N, C, H, W) in [−1, 1], row by row; small ones enlarged to about `side` pixels, to be seen."""
     pixels = to_pixels(images)  # (N, H, W, C)
     pixels = pixels.repeat(3, axis=3) if pixels.shape[3] == 1 else pixels
     times = max(1, round(side / pixels.shape[1]))

@@ -1,13 +1,14 @@
 """Draw new pictures from a trained model: one checkpoint in, pictures out.
 
-    python sample.py --checkpoint runs/gpt-demo-scenes-spiral/checkpoint.pt --out samples.png        one picture, a grid of samples
-    python sample.py --checkpoint … --count 50000 --out pictures/                                    numbered files, for FID and the like
-    python sample.py --checkpoint … --animate samples.gif                                            the grid filled code by code
+    python sample.py --checkpoint runs/gpt-demo-scenes-spiral/checkpoint.pt   one picture, a grid of samples
+    python sample.py --checkpoint … --count 50000 --out pictures/             numbered files, for FID and such
+    python sample.py --checkpoint … --animate samples.gif                     the grid filled code by code
 """
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -21,9 +22,9 @@ from vq import VQ, VQConfig
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """The defaults are the paper's; `PRESETS` below says what differs. Raises ValueError for values that cannot work."""
+    """The defaults are the paper's; `PRESETS` says what differs. Raises ValueError for unworkable values."""
     preset: str = "paper"  # demo, cifar10 or paper: which set of defaults the other flags change
-    checkpoint: str = "runs/gpt-paper-folder-row/checkpoint.pt"  # written by train_gpt.py; all else that is needed is in it
+    checkpoint: str = "runs/gpt-paper-folder-row/checkpoint.pt"  # by train_gpt.py; holds all that is needed
     out: str = "samples.png"  # a file ending in .png: one grid of all samples; else a folder: numbered files
     animate: str = ""  # also write this .gif of the first samples being filled code by code
     count: int = 64  # samples
@@ -65,7 +66,8 @@ def main(argv: list[str] | None = None):
     one_file = pictures.suffix.lower() in Image.registered_extensions()
     grid, first = [], None
     for start in range(0, config.count, config.batch_size):
-        codes = sample_codes(gpt, p, checkpoint["grid"], min(config.batch_size, config.count - start), config, generator)
+        count = min(config.batch_size, config.count - start)
+        codes = sample_codes(gpt, p, checkpoint["grid"], count, config, generator)
         images = vq.decode(codes)  # (B, C, H, W)
         first = images[:16] if first is None else first
         if one_file:
@@ -74,30 +76,41 @@ def main(argv: list[str] | None = None):
             for i, pixels in enumerate(run.to_pixels(images), start):
                 run.save_picture(Image.fromarray(pixels.squeeze()), pictures / f"{i:06d}.png")
     if one_file:
-        run.save_picture(run.picture_grid(torch.cat(grid), columns=max(1, math.isqrt(config.count))), pictures)
+        columns = max(1, math.isqrt(config.count))
+        run.save_picture(run.picture_grid(torch.cat(grid), columns=columns), pictures)
     print(f"{config.count} samples in {pictures}")
     if config.animate:
         height, width = checkpoint["grid"]
         frames = filling(first, ranks(p.cpu(), height, width))
+        duration = [3000 // len(frames)] * (len(frames) - 1) + [1500]  # ms: three seconds, then a pause
         run.save_picture(frames[0], Path(config.animate), save_all=True, append_images=frames[1:], loop=0,
-                         duration=[3000 // len(frames)] * (len(frames) - 1) + [1500])  # ms: three seconds, then a pause
-        print(f"the same being filled code by code in the order {checkpoint['config']['order']} in {config.animate}")
+                         duration=duration)
+        print(f"the same being filled code by code in the order {checkpoint['config']['order']} in "
+              f"{config.animate}")
 
 
-def sample_codes(gpt: GPT, p: Tensor, grid: tuple[int, int], count: int, config: SampleConfig, generator: torch.Generator) -> Tensor:
+def sample_codes(gpt: GPT, p: Tensor, grid: tuple[int, int], count: int, config: SampleConfig,
+                 generator: torch.Generator) -> Tensor:
     """New grids of codes, (count, h, w) int64."""
     start_token = gpt.config.vocab_size - 1
     prefix = torch.full((count, 1), start_token, device=p.device)
-    tokens = gpt.generate(prefix, len(p), config.temperature, config.top_k, generator, config.top_p, sampled_tokens=start_token)
+    tokens = gpt.generate(prefix, len(p), config.temperature, config.top_k, generator, config.top_p,
+                          sampled_tokens=start_token)
     return roll_up(tokens[:, 1:], p, *grid)
 
 
 def filling(images: Tensor, rank: Tensor) -> list[Image.Image]:
-    """Frames in which the cells of the pictures (N, C, H, W) appear in the order of their rank (h, w); what is not yet drawn is grey."""
-    pixel_rank = F.interpolate(rank[None, None].float(), size=images.shape[2:], mode="nearest").to(images.device)  # (1, 1, H, W)
+    """Frames in which the cells of pictures (N, C, H, W) appear in order of rank (h, w), grey until then."""
+    pixel_rank = F.interpolate(rank[None, None].float(), size=images.shape[2:], mode="nearest")
+    pixel_rank = pixel_rank.to(images.device)  # (1, 1, H, W)
     cells = rank.numel()
-    shown = range(0, cells + 1, max(1, cells // 64))
-    return [run.picture_grid(torch.where(pixel_rank < n, images, 0.5), columns=4, side=64) for n in shown]
+    frames = [run.picture_grid(torch.where(pixel_rank < n, images, 0.5), columns=4, side=64)
+              for n in range(0, cells + 1, math.ceil(cells / 64))]
+    if cells % math.ceil(cells / 64):
+        frames.append(run.picture_grid(images, columns=4, side=64))
+    both = Image.fromarray(np.concatenate([np.asarray(frames[0]), np.asarray(frames[-1])]))
+    palette = both.quantize(256)  # one for all frames: a palette for each would flicker
+    return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Train the second stage: a GPT that writes grids of codes in one of five orders (§2, §3, §A.1).
 
-    python train_gpt.py --order spiral                            the drawn scenes, about four minutes on two CPU cores in all
-    python train_gpt.py --preset cifar10 --data-dir data          CIFAR-10 as in §2
-    python train_gpt.py --data folder --data-dir my_pictures      your own pictures
-    torchrun --nproc-per-node 8 train_gpt.py --preset paper       several GPUs
+    python train_gpt.py --order spiral                        the drawn scenes, about 4 minutes on 2 CPU cores
+    python train_gpt.py --preset cifar10 --data-dir data      CIFAR-10 as in §2
+    python train_gpt.py --data folder --data-dir my_pictures  your own pictures
+    torchrun --nproc-per-node 8 train_gpt.py --preset paper   several GPUs
 
-Trains the first stage before if there is none. Leaves checkpoint.pt, log.jsonl and pictures (samples) in --out. Ctrl-C saves;
---resume goes on.
+Trains the first stage before if there is none. Leaves checkpoint.pt, log.jsonl and pictures (samples) in
+--out. Ctrl-C saves; --resume goes on.
 """
 import math
 from dataclasses import asdict, dataclass
@@ -29,7 +29,7 @@ from vq import VQ, VQConfig, entropy
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The defaults are the paper's; `PRESETS` below says what differs. Raises ValueError for values that cannot work."""
+    """The defaults are the paper's; `PRESETS` says what differs. Raises ValueError for unworkable values."""
     preset: str = "paper"  # demo, cifar10 or paper: which set of defaults the other flags change
     out: str = ""  # folder of this run; empty: runs/gpt-PRESET-DATA-ORDER
     resume: bool = False  # go on from checkpoint.pt in that folder
@@ -39,8 +39,8 @@ class TrainConfig:
     data: str = "folder"  # scenes (drawn, no files), cifar10, or folder (any folder of pictures)
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
     workers: int = -1  # processes that prepare pictures for the encoder; -1: as many as help
-    vq: str = ""  # checkpoint of the first stage; empty: runs/vq-PRESET-DATA/checkpoint.pt, trained first if need be
-    views: int = 1  # versions of each training picture in the code cache: the plain one, the rest cropped and flipped at random
+    vq: str = ""  # first stage's checkpoint, trained if need be; empty: runs/vq-PRESET-DATA/checkpoint.pt
+    views: int = 1  # cached versions of each training picture: plain, the rest cropped and flipped at random
     codes_dir: str = "runs/codes"  # folder of the code cache, which all runs share
 
     order: str = "row"  # row, spiral, zcurve, subsample or alternate: how the grid is unrolled, §3, Fig. 2
@@ -62,17 +62,18 @@ class TrainConfig:
     temperature: float = 1.0  # of the sampled pictures, §A.1
     top_k: int = 100  # likeliest codes that are sampled from, §A.1; 0: all
     log_every: int = 100  # steps between two status lines
-    eval_every: int = 5000  # steps between two evaluations on all validation pictures, each with a picture of samples
+    eval_every: int = 5000  # steps between two evaluations on all validation pictures, each with samples
     checkpoint_every: int = 5000  # steps between two checkpoints
 
     KIND = "gpt"
-    CHANGEABLE = ("out", "resume", "device", "workers", "codes_dir", "steps", "temperature", "top_k", "log_every", "eval_every",
-                  "checkpoint_every")
+    CHANGEABLE = ("out", "resume", "device", "workers", "codes_dir", "steps", "temperature", "top_k",
+                  "log_every", "eval_every", "checkpoint_every")
 
     def __post_init__(self):
         run.check_choice("data", self.data, data.DATASETS)
         run.check_choice("order", self.order, ORDERINGS)
-        run.check_at_least(self, 1, "views", "steps", "batch_size", "log_every", "eval_every", "checkpoint_every")
+        run.check_at_least(self, 1, "views", "steps", "batch_size", "log_every", "eval_every",
+                           "checkpoint_every")
         run.check_at_least(self, 0, "seed", "lr", "weight_decay", "clip", "warmup_steps")
         run.check_at_least(self, -1, "workers")
         run.check_betas(self)
@@ -88,17 +89,19 @@ class TrainConfig:
         return Path(self.vq or f"runs/vq-{self.preset}-{self.data}/checkpoint.pt")
 
     def model(self, codebook_size: int, length: int) -> GPTConfig:
-        """One token more than there are codes, the start token; positions for it and all codes but the last."""
+        """One token more than there are codes, the start token; positions for it and all codes but one."""
         return GPTConfig(codebook_size + 1, length, self.n_layer, self.n_head, self.n_embd, self.dropout)
 
 
 PRESETS = {
     "demo": TrainConfig(
-        preset="demo", data="scenes", data_dir="data", n_layer=4, n_head=4, n_embd=160, dropout=0.0, steps=1200, batch_size=64,
-        lr=2e-3, weight_decay=0.1, clip=1.0, warmup_steps=50, decay=True, log_every=50, eval_every=300, checkpoint_every=300),
+        preset="demo", data="scenes", data_dir="data", n_layer=4, n_head=4, n_embd=160, dropout=0.0,
+        steps=1200, batch_size=64, lr=2e-3, weight_decay=0.1, clip=1.0, warmup_steps=50, decay=True,
+        log_every=50, eval_every=300, checkpoint_every=300),
     "cifar10": TrainConfig(
-        preset="cifar10", data="cifar10", data_dir="data", views=2, n_layer=12, n_head=8, n_embd=256, dropout=0.1, steps=40_000,
-        batch_size=128, lr=1e-3, weight_decay=0.1, clip=1.0, warmup_steps=500, decay=True, eval_every=2500, checkpoint_every=1000),
+        preset="cifar10", data="cifar10", data_dir="data", views=2, n_layer=12, n_head=8, n_embd=256,
+        dropout=0.1, steps=40_000, batch_size=128, lr=1e-3, weight_decay=0.1, clip=1.0, warmup_steps=500,
+        decay=True, eval_every=2500, checkpoint_every=1000),
     "paper": TrainConfig(),
 }
 
@@ -120,12 +123,12 @@ def main(argv: list[str] | None = None) -> Path:
     unigram = entropy(torch.from_numpy(np.bincount(validation_codes.flatten(), minlength=K)))
     config.folder.mkdir(parents=True, exist_ok=True)
 
-    torch.manual_seed(config.seed)  # again: the weights must not depend on whether the first stage was trained just now
+    torch.manual_seed(config.seed)  # again: the weights must not depend on whether a first stage was trained
     model_config = config.model(K, length=h * w)
     gpt = GPT(model_config).to(device)
     model = DistributedDataParallel(gpt) if world > 1 else gpt
-    optimizer = torch.optim.AdamW(parameter_groups(gpt, config.weight_decay), config.lr, betas=(config.beta1, config.beta2),
-                                  fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(parameter_groups(gpt, config.weight_decay), config.lr,
+                                  betas=(config.beta1, config.beta2), fused=device.type == "cuda")
     first_step = 0
     if checkpoint:
         first_step = checkpoint["step"]
@@ -136,14 +139,16 @@ def main(argv: list[str] | None = None) -> Path:
     def save(step: int):
         if rank == 0:
             run.save_checkpoint(path, {
-                "kind": "gpt", "config": asdict(config), "model_config": asdict(model_config), "model": gpt.state_dict(),
-                "optimizer": optimizer.state_dict(), "step": step, "random": run.random_state(), "grid": [h, w],
-                "first_stage": first_stage})
+                "kind": "gpt", "config": asdict(config), "model_config": asdict(model_config),
+                "model": gpt.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                "random": run.random_state(), "grid": [h, w], "first_stage": first_stage})
 
     if rank == 0:
-        print(f"second stage: {len(codes):,} training and {len(validation_codes):,} validation grids of {h}×{w} codes in the order "
-              f"{config.order} · {sum(p.numel() for p in gpt.parameters()):,} parameters · {device} · {config.folder}\n"
-              f"what is good: {math.log(K):.3f} nats/token is a uniform guess, {unigram:.3f} knows how frequent each code is", flush=True)
+        parameters = sum(weight.numel() for weight in gpt.parameters())
+        print(f"second stage: {len(codes):,} training and {len(validation_codes):,} validation grids of "
+              f"{h}×{w} codes in the order {config.order} · {parameters:,} parameters · {device} · "
+              f"{config.folder}\nwhat is good: {math.log(K):.3f} nats/token is a uniform guess, "
+              f"{unigram:.3f} knows how frequent each code is", flush=True)
     log = run.Log(config.folder, process, first_step, config.steps)
     order = data.training_order(len(codes), config.batch_size, config.seed, first_step, rank, world)
     picture, scores_text = "nothing was left to do", ""
@@ -165,35 +170,43 @@ def main(argv: list[str] | None = None) -> Path:
 
             last, stop = step == config.steps, stopping()
             evaluating = step % config.eval_every == 0 or last
+            saving = step % config.checkpoint_every == 0 or last or stop
             if evaluating:
                 picture = config.folder / f"step-{step:06d}.png"
-                scores = {"val": evaluate(gpt, validation_codes, p, config, process)}
+                scores = {"val": evaluate(gpt, validation_codes, p, config, process), "unigram": unigram}
                 scores_text = f" · val {scores['val']:.3f}"
                 if rank == 0:
-                    run.save_picture(run.picture_grid(sample(gpt, vq, p, (h, w), config, process), columns=8), picture)
-            if evaluating or step % config.log_every == 0 or stop:
+                    samples = sample(gpt, vq, p, (h, w), config, process)
+                    run.save_picture(run.picture_grid(samples, columns=8), picture)
+            if evaluating or saving or step % config.log_every == 0:
                 means = log.means()
                 text = f"train {means['train']:.3f} nats/token{scores_text} · lr {lr:.1e}"
-                log.line(step, text, means | {"lr": lr} | (scores if evaluating else {}), "tokens", config.batch_size * h * w)
-            if step % config.checkpoint_every == 0 or last or stop:
+                numbers = means | {"lr": lr} | (scores if evaluating else {})
+                log.line(step, text, numbers, "tokens", config.batch_size * h * w)
+            if saving:
                 save(step)
             if stop and not last:
-                raise KeyboardInterrupt(f"stopped after step {step} of {config.steps}; {path} is saved, --resume goes on")
+                raise KeyboardInterrupt(f"stopped after step {step} of {config.steps}; {path} is saved, "
+                                        "--resume goes on")
     if rank == 0:
         print(f"done in {log.elapsed()} · {path} · {picture}")
     return path
 
 
 def open_first_stage(config: TrainConfig, checkpoint: dict | None, process: run.Process) -> dict:
-    """The first stage's config and weights, and their hash: out of a run that goes on, else from its own checkpoint, trained if need be."""
+    """The first stage's config and weights, and their hash.
+
+    Out of a run that goes on if the file is gone, else from its own checkpoint, trained if need be.
+    """
     path = config.first_stage
     if checkpoint is None and not config.vq and not finished(path):
         process.wait_for_all()  # nobody writes the file before all have seen that it is not there
         if process.rank == 0:
             print(f"no finished first stage in {path.parent}: training it first", flush=True)
         resume = ["--resume"] if path.exists() else []
-        train_vq.main(["--preset", config.preset, "--data", config.data, "--data-dir", config.data_dir, "--device", config.device,
-                       "--workers", str(config.workers), "--out", str(path.parent), *resume])
+        train_vq.main(["--preset", config.preset, "--data", config.data, "--data-dir", config.data_dir,
+                       "--device", config.device, "--workers", str(config.workers), "--out", str(path.parent),
+                       *resume])
         process.wait_for_all()
     if checkpoint is not None and not path.exists():
         return checkpoint["first_stage"]  # moved or removed since, but a run keeps a copy
@@ -201,12 +214,14 @@ def open_first_stage(config: TrainConfig, checkpoint: dict | None, process: run.
     first_stage = {key: found[key] for key in ("config", "model_config", "model")}
     first_stage |= {"path": str(path), "hash": run.weights_hash(found["model_config"], found["model"])}
     if checkpoint is not None and checkpoint["first_stage"]["hash"] != first_stage["hash"]:
-        raise ValueError(f"{path} is not the first stage that the run in {config.folder} was trained on; start another run with --out, "
-                         "or move that file away to go on with the copy in the run's checkpoint")
+        raise ValueError(
+            f"{path} is not the first stage that the run in {config.folder} was trained on; start another "
+            "run with --out, or move that file away to go on with the copy in the run's checkpoint")
     trained_on = found["config"]["data_dir"]
-    if config.data == "folder" and not config.vq and Path(trained_on).resolve() != Path(config.data_dir).resolve():
-        raise ValueError(f"{path} was trained on {trained_on}, not on {config.data_dir}: name it with --vq to use it all the same, "
-                         "or train another with train_vq.py --out and name that")
+    if (config.data == "folder" and not config.vq
+            and Path(trained_on).resolve() != Path(config.data_dir).resolve()):
+        raise ValueError(f"{path} was trained on {trained_on}, not on {config.data_dir}: name it with --vq "
+                         "to use it all the same, or train another with train_vq.py --out and name that")
     return first_stage
 
 
@@ -217,16 +232,19 @@ def finished(path: Path) -> bool:
     return checkpoint["step"] >= checkpoint["config"]["steps"]
 
 
-def encode_pictures(config: TrainConfig, vq: VQ, first_stage: dict, process: run.Process) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of the training pictures, all views, and of the validation pictures, (N, h, w) uint16 each, from the cache or into it."""
+def encode_pictures(config: TrainConfig, vq: VQ, first_stage: dict,
+                    process: run.Process) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of the training pictures, all views, and of the validation pictures, cached: (N, h, w) uint16."""
     options = first_stage["config"]
     side = options["image_size"] // vq.config.downsampling
     caches = []
     for split, views in (("train", config.views), ("val", 1)):
-        dataset = data.open_dataset(config.data, config.data_dir, split, options["image_size"], options["flip"], options["upscale"])
+        dataset = data.open_dataset(config.data, config.data_dir, split, options["image_size"],
+                                    options["flip"], options["upscale"])
         codes = data.code_cache(
-            Path(config.codes_dir), dataset, views, config.seed, first_stage["hash"], vq.encode, (side, side), batch_size=64,
-            device=process.device, workers=data.worker_count(config.workers, config.data), rank=process.rank, world=process.world)
+            Path(config.codes_dir), dataset, views, config.seed, first_stage["hash"], vq.encode, (side, side),
+            batch_size=64, device=process.device, workers=data.worker_count(config.workers, config.data),
+            rank=process.rank, world=process.world)
         caches.append(codes.reshape(-1, side, side))  # (views, N, h, w) → (views * N, h, w)
     return tuple(caches)
 
@@ -240,13 +258,13 @@ def parameter_groups(gpt: GPT, weight_decay: float) -> list[dict]:
 
 
 def as_tokens(codes: np.ndarray, p: Tensor, start_token: int) -> Tensor:
-    """Grids as the GPT reads them: (B, h, w) → (B, 1 + T) int64, the start token and then the codes in the order p (T,)."""
+    """Grids for the GPT: (B, h, w) → (B, 1 + T) int64, start token, then the codes in the order p (T,)."""
     sequence = unroll(torch.from_numpy(codes.astype(np.int64)), p)  # (B, T)
     return F.pad(sequence, (1, 0), value=start_token)
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per image token: logits (B, T, V) against tokens[:, 1:], the start token is never predicted."""
+    """Mean cross-entropy, nats per image token: logits (B, T, V) against tokens[:, 1:], no start token."""
     return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
@@ -256,7 +274,8 @@ def evaluate(gpt: GPT, codes: np.ndarray, p: Tensor, config: TrainConfig, proces
     gpt.eval()
     nats = torch.zeros(2, dtype=torch.float64, device=process.device)  # sum over pictures, number of pictures
     for batch in data.fixed_order(len(codes), config.batch_size, rank=process.rank, world=process.world):
-        tokens = as_tokens(codes[[index for index, _ in batch]], p, gpt.config.vocab_size - 1).to(process.device)  # (B, 1 + T)
+        grids = codes[[index for index, _ in batch]]  # (B, h, w)
+        tokens = as_tokens(grids, p, gpt.config.vocab_size - 1).to(process.device)  # (B, 1 + T)
         with process.autocast():
             nats[0] += next_token_loss(gpt(tokens[:, :-1]), tokens) * len(tokens)
         nats[1] += len(tokens)
@@ -265,13 +284,15 @@ def evaluate(gpt: GPT, codes: np.ndarray, p: Tensor, config: TrainConfig, proces
     return total / pictures
 
 
-def sample(gpt: GPT, vq: VQ, p: Tensor, grid: tuple[int, int], config: TrainConfig, process: run.Process) -> Tensor:
+def sample(gpt: GPT, vq: VQ, p: Tensor, grid: tuple[int, int], config: TrainConfig,
+           process: run.Process) -> Tensor:
     """32 pictures, with the same random numbers at each evaluation: (32, C, H, W)."""
     start_token = gpt.config.vocab_size - 1
     prefix = torch.full((32, 1), start_token, device=process.device)
     generator = torch.Generator(process.device).manual_seed(config.seed)
     with process.autocast():
-        tokens = gpt.generate(prefix, len(p), config.temperature, config.top_k, generator, sampled_tokens=start_token)
+        tokens = gpt.generate(prefix, len(p), config.temperature, config.top_k, generator,
+                              sampled_tokens=start_token)
         return vq.decode(roll_up(tokens[:, 1:], p.to(tokens.device), *grid))
 
 

@@ -1,9 +1,9 @@
 """The first stage: a convolutional autoencoder whose latent grid is quantized with a codebook (§2; §A.1).
 
-    images (B, C, H, W) → encoder → latents (B, D, h, w) → nearest of K codes → decoder → reconstructions (B, C, H, W)
+    images (B, C, H, W) → encoder → latents (B, D, h, w) → nearest of K codes → decoder → images (B, C, H, W)
 
-The paper's network takes 256×256×3 to 16×16×256 with 1,024 codes; for CIFAR-10 it halves the picture once, 32×32 to 16×16.
-Images are float32 in [−1, 1].
+The paper's network takes 256×256×3 to 16×16×256 with 1,024 codes; for CIFAR-10 it halves the picture once,
+32×32 to 16×16. Images are float32 in [−1, 1].
 
 Symbols: B batch, C channels, H×W pixels, h×w code grid, K codes, D code width, N = B·h·w vectors.
 """
@@ -22,8 +22,8 @@ from kernels import nearest_code
 class VQConfig:
     """All that is needed to rebuild the network. Raises ValueError for sizes that do not fit together."""
     image_channels: int = 3
-    base_channels: int = 128  # channels at full resolution; this and the next two as in the authors' released model
-    channel_multipliers: str = "1,1,2,2,4"  # one per resolution, times base_channels; each comma halves the picture: 256 → 16, §A.1
+    base_channels: int = 128  # channels at full resolution; this and the next two as in the authors' model
+    channel_multipliers: str = "1,1,2,2,4"  # of base_channels, per resolution; commas halve: 256 → 16, §A.1
     residual_blocks: int = 2  # per resolution in the encoder, one more in the decoder
     codebook_size: int = 1024  # K, §A.1
     code_width: int = 256  # D, §A.1
@@ -34,11 +34,13 @@ class VQConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not all(part.strip().isdigit() and int(part) > 0 for part in self.channel_multipliers.split(",")):
-            raise ValueError(f"channel_multipliers is {self.channel_multipliers!r}; it must be whole numbers like 1,1,2,2,4")
+            raise ValueError(f"channel_multipliers is {self.channel_multipliers!r}; "
+                             "it must be whole numbers like 1,1,2,2,4")
         for width in self.widths:
             if width % norm_groups(width):
-                raise ValueError(f"{width} channels do not split into {norm_groups(width)} groups for normalization; "
-                                 "choose base_channels and channel_multipliers whose products are multiples of 32")
+                raise ValueError(
+                    f"{width} channels do not split into {norm_groups(width)} groups for normalization; "
+                    "choose base_channels and channel_multipliers whose products are multiples of 32")
         if self.commitment_weight < 0:
             raise ValueError(f"commitment_weight is {self.commitment_weight}; it must not be negative")
 
@@ -54,7 +56,7 @@ class VQConfig:
 
 
 def norm_groups(channels: int) -> int:
-    """Groups for group normalization: 32 as the authors have it, fewer for narrow layers so that a group keeps four channels."""
+    """Groups for normalization: the authors' 32, fewer for narrow layers so that each keeps four channels."""
     return min(32, max(1, channels // 4))
 
 
@@ -125,7 +127,8 @@ def encoder(config: VQConfig) -> nn.Sequential:
             if level == len(config.widths) - 1:
                 layers.append(AttentionBlock(channels))
     layers += [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
-    layers += [norm(channels), nn.SiLU(), conv(channels, config.code_width), conv(config.code_width, config.code_width, 1)]
+    layers += [norm(channels), nn.SiLU(), conv(channels, config.code_width),
+               conv(config.code_width, config.code_width, 1)]
     return nn.Sequential(*layers)
 
 
@@ -147,41 +150,44 @@ def decoder(config: VQConfig) -> nn.Sequential:
 
 
 class Quantizer(nn.Module):
-    """Replaces each latent vector by the nearest of K codes (§2, [8]). Computes in float32, under autocast too."""
+    """Replaces each latent vector by the nearest of K codes (§2, [8]). In float32, under autocast too."""
 
     def __init__(self, config: VQConfig):
         super().__init__()
         self.commitment_weight = config.commitment_weight
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.code_width))
-        nn.init.uniform_(self.codebook, -1 / config.codebook_size, 1 / config.codebook_size)  # until `initialize` sees data
+        # Until `initialize` sees data:
+        nn.init.uniform_(self.codebook, -1 / config.codebook_size, 1 / config.codebook_size)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """latents (B, D, h, w) → quantized (B, D, h, w) with a straight-through gradient, codes (B, h, w) int64, scalar loss.
+        """latents (B, D, h, w) → quantized (B, D, h, w), codes (B, h, w) int64, scalar loss.
 
-        loss = |sg[z] − e|² + β·|z − sg[e]|², means over all elements: the first term moves the codes, the second the encoder.
+        loss = |sg[z] − e|² + β·|z − sg[e]|², means over all elements: the first term moves the codes, the
+        second the encoder. The gradient of `quantized` is straight-through.
         """
         B, D, h, w = latents.shape
         with torch.autocast(latents.device.type, enabled=False):
             vectors = as_vectors(latents.float())  # (N, D)
             codes = nearest_code(vectors, self.codebook)  # (N,)
             chosen = self.codebook[codes]  # (N, D)
-            loss = F.mse_loss(chosen, vectors.detach()) + self.commitment_weight * F.mse_loss(vectors, chosen.detach())
-            quantized = vectors + (chosen - vectors).detach()  # the value of `chosen`, the gradient of `vectors`
+            loss = (F.mse_loss(chosen, vectors.detach())
+                    + self.commitment_weight * F.mse_loss(vectors, chosen.detach()))
+            quantized = vectors + (chosen - vectors).detach()  # value of `chosen`, gradient of `vectors`
         return quantized.view(B, h, w, D).permute(0, 3, 1, 2), codes.view(B, h, w), loss
 
     @torch.no_grad()
     def initialize(self, vectors: Tensor):
-        """Set the codebook to the K-means centres of encoder outputs (N, D): codes start where the data is."""
+        """Set the codebook to K-means centres of encoder outputs (N, D): codes start where the data is."""
         self.codebook.copy_(kmeans(vectors, len(self.codebook), iterations=10))
 
     @torch.no_grad()
     def restart(self, dead: Tensor, vectors: Tensor):
-        """Move the codes marked in `dead` (K,) bool onto encoder outputs drawn from vectors (N, D), where they will be used."""
-        self.codebook[dead] = draw(vectors, int(dead.sum()))
+        """Move the codes marked in `dead` (K,) bool onto encoder outputs (N, D) that no code is near to."""
+        self.codebook[dead] = draw_apart(vectors, int(dead.sum()), self.codebook[~dead])
 
 
 class VQ(nn.Module):
-    """The autoencoder. `encode` and `decode` go from pictures to codes and back; `forward` is the training pass."""
+    """The autoencoder. `encode` and `decode` go from pictures to codes and back; `forward` is to train."""
 
     def __init__(self, config: VQConfig):
         super().__init__()
@@ -191,16 +197,19 @@ class VQ(nn.Module):
         self.decoder = decoder(config)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """images (B, C, H, W) → reconstructions (B, C, H, W), codes (B, h, w) int64, scalar quantization loss."""
+        """images (B, C, H, W) → reconstructions (B, C, H, W), codes (B, h, w) int64, quantization loss ()."""
         quantized, codes, loss = self.quantizer(self.latents(images))
         return self.decoder(quantized), codes, loss
 
     def latents(self, images: Tensor) -> Tensor:
-        """What the quantizer sees: images (B, C, H, W) → (B, D, h, w). Raises ValueError if the picture does not halve evenly."""
+        """What the quantizer sees: images (B, C, H, W) → (B, D, h, w).
+
+        Raises ValueError if the picture does not halve evenly.
+        """
         channels, f = self.config.image_channels, self.config.downsampling
         if images.ndim != 4 or images.shape[1] != channels or images.shape[2] % f or images.shape[3] % f:
-            raise ValueError(f"images are {tuple(images.shape)}; this first stage needs (B, {channels}, H, W) "
-                             f"with H and W divisible by {f}")
+            raise ValueError(f"images are {tuple(images.shape)}; this first stage needs "
+                             f"(B, {channels}, H, W) with H and W divisible by {f}")
         return self.encoder(images)
 
     @torch.no_grad()
@@ -225,29 +234,39 @@ def as_vectors(latents: Tensor) -> Tensor:
     return latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
 
 
-def draw(vectors: Tensor, count: int) -> Tensor:
-    """`count` random rows of vectors (N, D), each at most once more often than any other: (count, D)."""
-    order = torch.randperm(len(vectors)).repeat(math.ceil(count / len(vectors)))
-    return vectors[order[:count].to(vectors.device)]
+def draw_apart(vectors: Tensor, count: int, taken: Tensor) -> Tensor:
+    """`count` of the vectors (N, D), far from those taken (M, D) and from each other: (count, D).
+
+    The seeding of k-means++: each with a probability that grows with the squared distance to the nearest one
+    taken before. A plain draw would follow the density and spend half of the codes on shades of an empty sky.
+    """
+    distance = torch.full((len(vectors),), 1e30, device=vectors.device)  # (N,) squared, to the nearest taken
+    if len(taken):
+        distance = (vectors - taken[nearest_code(vectors, taken)]).square().sum(1)
+    drawn = torch.empty(count, vectors.shape[1], device=vectors.device)
+    for i in range(count):
+        drawn[i] = vectors[torch.multinomial(distance.clamp(min=1e-12), 1)[0]]
+        distance = distance.minimum((vectors - drawn[i]).square().sum(1))
+    return drawn
 
 
 def kmeans(vectors: Tensor, count: int, iterations: int) -> Tensor:
-    """Lloyd's algorithm: vectors (N, D) float32 → centres (count, D). A centre that loses all its vectors moves onto a random one."""
-    centres = draw(vectors, count)  # (count, D)
+    """Lloyd's algorithm: vectors (N, D) float32 → centres (count, D). An empty cluster keeps its centre."""
+    centres = draw_apart(vectors, count, taken=vectors[:0])  # (count, D)
     for _ in range(iterations):
         nearest = nearest_code(vectors, centres)  # (N,)
-        sizes = torch.bincount(nearest, minlength=count)  # (count,)
+        sizes = torch.bincount(nearest, minlength=count)[:, None]  # (count, 1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)  # (count, D)
-        centres = torch.where(sizes[:, None] > 0, sums / sizes.clamp(min=1)[:, None], draw(vectors, count))
+        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
     return centres
 
 
 def codebook_use(counts: Tensor) -> tuple[int, float]:
-    """From how often each code occurs, (K,): the number of codes in use, and the perplexity exp(entropy), between 1 and K."""
+    """From each code's count, (K,): the number of codes in use, and exp(entropy), the perplexity, 1 to K."""
     return int((counts > 0).sum()), math.exp(entropy(counts))
 
 
 def entropy(counts: Tensor) -> float:
-    """Entropy of the empirical distribution of counts (K,), in nats: what a model that knows only frequencies pays per token."""
+    """Entropy of counts (K,) in nats: what a model that knows only the codes' frequencies pays per token."""
     p = counts.double() / counts.sum()
     return float(-(p * p.clamp(min=1e-300).log()).sum())

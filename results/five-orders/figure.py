@@ -1,0 +1,70 @@
+"""The README's picture: the five rank grids of a 4×4 grid (Fig. 2) above five rows of samples, a column for each order.
+
+    python results/five-orders/figure.py runs/gpt-demo-scenes-{row,spiral,zcurve,subsample,alternate}/checkpoint.pt five_orders.png
+"""
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whose modules are not installed
+
+import run
+from gpt import GPT, GPTConfig
+from orderings import ORDERINGS, ranks, roll_up
+from vq import VQ, VQConfig
+
+SIDE, GAP, ROWS = 128, 12, 5
+
+
+def rank_grid(order: str) -> Image.Image:
+    """A 4×4 grid from dark (first) to light (last), with the step written into each cell and the path drawn."""
+    rank, cell = ranks(ORDERINGS[order](4, 4), 4, 4), SIDE // 4
+    picture = Image.new("RGB", (SIDE, SIDE))
+    draw = ImageDraw.Draw(picture)
+    for y in range(4):
+        for x in range(4):
+            step = int(rank[y, x])
+            shade = step / 15
+            box = (x * cell, y * cell, (x + 1) * cell - 1, (y + 1) * cell - 1)
+            draw.rectangle(box, fill=(int(40 + 200 * shade), int(60 + 150 * shade), int(120 + 10 * shade)))
+    centres = [(int(i) % 4 * cell + cell / 2, int(i) // 4 * cell + cell / 2) for i in ORDERINGS[order](4, 4)]
+    draw.line(centres, fill="white", width=2)
+    for step, (x, y) in enumerate(centres):
+        draw.ellipse((x - 10, y - 10, x + 10, y + 10), fill="white")
+        draw.text((x, y), str(step), fill="black", anchor="mm", font=ImageFont.load_default(13))
+    return picture
+
+
+def samples(path: str) -> tuple[str, list[Image.Image]]:
+    """The order of a checkpoint of train_gpt.py, and its first pictures with seed 0."""
+    checkpoint = run.load_checkpoint(path, "gpt")
+    gpt = GPT(GPTConfig(**checkpoint["model_config"]))
+    gpt.load_state_dict(checkpoint["model"])
+    vq = VQ(VQConfig(**checkpoint["first_stage"]["model_config"]))
+    vq.load_state_dict(checkpoint["first_stage"]["model"])
+    order, (h, w) = checkpoint["config"]["order"], checkpoint["grid"]
+    start_token = vq.config.codebook_size
+    tokens = gpt.generate(torch.full((ROWS, 1), start_token), h * w, sampled_tokens=start_token,
+                          generator=torch.Generator().manual_seed(0))
+    images = vq.decode(roll_up(tokens[:, 1:], ORDERINGS[order](h, w), h, w))
+    return order, [Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.NEAREST) for pixels in run.to_pixels(images)]
+
+
+def main():
+    *checkpoints, out = sys.argv[1:]
+    columns = [samples(path) for path in checkpoints]
+    step = SIDE + GAP
+    figure = Image.new("RGB", (len(columns) * step - GAP, 24 + SIDE + 2 * GAP + ROWS * step - GAP), "white")
+    draw = ImageDraw.Draw(figure)
+    for i, (order, pictures) in enumerate(columns):
+        draw.text((i * step + SIDE / 2, 10), order, fill="black", anchor="mm", font=ImageFont.load_default(18))
+        figure.paste(rank_grid(order), (i * step, 24))
+        for row, picture in enumerate(pictures):
+            figure.paste(picture, (i * step, 24 + SIDE + 2 * GAP + row * step))
+    run.save_picture(figure, Path(out))
+
+
+if __name__ == "__main__":
+    main()

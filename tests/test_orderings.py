@@ -1,0 +1,228 @@
+"""The five orders.
+
+Oracles: the pictures in the docstrings (run as doctests); literal sequences of the authors' later release
+(the class names and figures of notes/orderings.txt); identities (base-4 digits, ring by ring, neighbours);
+a slow loop for unroll and roll_up.
+"""
+import doctest
+
+import pytest
+import torch
+
+import orderings
+from orderings import ORDERINGS, picture, ranks, roll_up, unroll
+
+ANY_SIZE = ["row", "spiral", "alternate"]
+POWER_OF_TWO = ["zcurve", "subsample"]
+RECTANGLES = [(1, 1), (1, 2), (2, 1), (1, 7), (7, 1), (2, 3), (3, 2), (3, 3), (4, 9), (9, 4), (5, 5), (6, 16),
+              (16, 16)]
+
+
+def morton_code(y: int, x: int, bits: int) -> int:
+    """Interleave the bits of y and x, y first: the textbook Z-order curve."""
+    return sum(((y >> i & 1) << (2 * i + 1)) | ((x >> i & 1) << (2 * i)) for i in range(bits))
+
+
+def base_4_reversed(number: int, digits: int) -> int:
+    """The number whose base-4 digits are those of `number` in reverse."""
+    result = 0
+    for _ in range(digits):
+        result = 4 * result + number % 4
+        number //= 4
+    return result
+
+
+def test_docstring_pictures_are_what_the_code_draws():
+    outcome = doctest.testmod(orderings)
+    assert outcome.failed == 0
+    assert outcome.attempted >= 5  # one picture an order
+
+
+def test_the_five_orders_have_the_names_of_the_command_line_in_this_order():
+    assert list(ORDERINGS) == ["row", "spiral", "zcurve", "subsample", "alternate"]
+    assert [ORDERINGS[name].__name__ for name in ORDERINGS] == list(ORDERINGS)
+
+
+@pytest.mark.parametrize("height, width", RECTANGLES)
+@pytest.mark.parametrize("name", ANY_SIZE)
+def test_every_cell_of_a_rectangle_is_visited_once(name, height, width):
+    p = ORDERINGS[name](height, width)
+    assert p.dtype == torch.int64
+    assert p.shape == (height * width,)
+    assert sorted(p.tolist()) == list(range(height * width))
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("name", ORDERINGS)
+def test_every_cell_of_a_square_is_visited_once(name, side):
+    p = ORDERINGS[name](side, side)
+    assert p.dtype == torch.int64
+    assert p.shape == (side * side,)
+    assert sorted(p.tolist()) == list(range(side * side))
+
+
+@pytest.mark.parametrize("height, width", [
+    (3, 3), (6, 6), (12, 12), (4, 8), (8, 4), (1, 2), (0, 0), (0, 4), (-4, -4)])
+@pytest.mark.parametrize("name", POWER_OF_TWO)
+def test_the_recursive_orders_refuse_all_but_squares_of_a_power_of_two(name, height, width):
+    with pytest.raises(ValueError, match=f"order {name} needs a square grid whose side is a power of two, "
+                                         f"not {height}×{width}; row, spiral and alternate take any size"):
+        ORDERINGS[name](height, width)
+
+
+@pytest.mark.parametrize("height, width", [(0, 4), (4, 0), (0, 0), (-1, 4), (-2, -2)])
+@pytest.mark.parametrize("name", ANY_SIZE)
+def test_an_empty_grid_is_refused(name, height, width):
+    with pytest.raises(ValueError, match=f"a code grid of {height}×{width} has no cells"):
+        ORDERINGS[name](height, width)
+
+
+@pytest.mark.parametrize("name, first, last", [
+    ("spiral", [135, 119, 120, 136, 152, 151, 150, 134, 118, 102, 103, 104, 105, 121, 137, 153, 169, 168, 167,
+                166], [207, 223, 239, 255]),
+    ("zcurve", [0, 1, 16, 17, 2, 3, 18, 19, 32, 33, 48, 49, 34, 35, 50, 51, 4, 5, 20, 21],
+     [238, 239, 254, 255]),
+    ("subsample", [0, 8, 128, 136, 4, 12, 132, 140, 64, 72, 192, 200, 68, 76, 196, 204, 2, 10, 130, 138],
+     [119, 127, 247, 255]),
+    ("alternate", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 31, 30, 29, 28],
+     [243, 242, 241, 240]),
+    ("row", list(range(20)), [252, 253, 254, 255]),
+])
+def test_16x16_sequences_are_those_of_the_authors_release(name, first, last):
+    p = ORDERINGS[name](16, 16).tolist()
+    assert p[:20] == first
+    assert p[-4:] == last
+
+
+def test_2x2_sequences_are_those_of_the_authors_release():
+    assert {name: order(2, 2).tolist() for name, order in ORDERINGS.items()} == {
+        "row": [0, 1, 2, 3], "spiral": [2, 0, 1, 3], "zcurve": [0, 1, 2, 3], "subsample": [0, 1, 2, 3],
+        "alternate": [0, 1, 3, 2]}
+
+
+def test_8x8_spiral_picture_is_that_of_the_authors_release():
+    assert picture(ORDERINGS["spiral"](8, 8), 8, 8) == "\n".join([
+        "49 50 51 52 53 54 55 56",
+        "48 25 26 27 28 29 30 57",
+        "47 24  9 10 11 12 31 58",
+        "46 23  8  1  2 13 32 59",
+        "45 22  7  0  3 14 33 60",
+        "44 21  6  5  4 15 34 61",
+        "43 20 19 18 17 16 35 62",
+        "42 41 40 39 38 37 36 63"])
+
+
+def test_rectangles_look_as_drawn_here():
+    assert picture(ORDERINGS["row"](2, 3), 2, 3) == "0 1 2\n3 4 5"
+    assert picture(ORDERINGS["alternate"](3, 2), 3, 2) == "0 1\n3 2\n4 5"
+    assert picture(ORDERINGS["spiral"](3, 3), 3, 3) == "8 1 2\n7 0 3\n6 5 4"
+    assert picture(ORDERINGS["spiral"](2, 4), 2, 4) == "5 1 2 6\n4 0 3 7"  # steps 3 to 4 pass below the grid
+    assert picture(ORDERINGS["spiral"](3, 5), 3, 5) == "14  8  1  2  9\n13  7  0  3 10\n12  6  5  4 11"
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 8, 16, 32])
+def test_zcurve_rank_is_the_morton_code(side):
+    bits = side.bit_length() - 1
+    assert ranks(ORDERINGS["zcurve"](side, side), side, side).tolist() == [
+        [morton_code(y, x, bits) for x in range(side)] for y in range(side)]
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 8, 16, 32])
+def test_subsample_rank_is_the_morton_code_with_its_base_4_digits_reversed(side):
+    bits = side.bit_length() - 1
+    assert ranks(ORDERINGS["subsample"](side, side), side, side).tolist() == [
+        [base_4_reversed(morton_code(y, x, bits), bits) for x in range(side)] for y in range(side)]
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3, 4])
+def test_a_subsample_prefix_is_the_strided_grid(level):
+    grid = torch.arange(256).view(16, 16)
+    strided = grid[::16 >> level, ::16 >> level].flatten()
+    prefix = ORDERINGS["subsample"](16, 16)[:4 ** level]
+    assert prefix.sort().values.tolist() == strided.tolist()
+
+
+@pytest.mark.parametrize("side", [2, 3, 4, 5, 8, 11, 16])
+@pytest.mark.parametrize("name", ["spiral", "alternate"])
+def test_each_step_goes_to_a_neighbour_cell_on_squares(name, side):
+    p = ORDERINGS[name](side, side)
+    y, x = p // side, p % side
+    assert ((y.diff().abs() + x.diff().abs()) == 1).all()
+
+
+@pytest.mark.parametrize("height, width", [(1, 5), (5, 1), (3, 8), (8, 3), (7, 4)])
+def test_alternate_goes_to_a_neighbour_cell_on_rectangles(height, width):
+    p = ORDERINGS["alternate"](height, width)
+    assert (((p // width).diff().abs() + (p % width).diff().abs()) == 1).all()
+
+
+@pytest.mark.parametrize("side", [4, 7, 16])
+def test_each_square_number_of_spiral_steps_fills_a_square(side):
+    p = ORDERINGS["spiral"](side, side)
+    for n in range(1, side + 1):
+        y, x = p[:n * n] // side, p[:n * n] % side
+        assert y.max() - y.min() == x.max() - x.min() == n - 1
+
+
+@pytest.mark.parametrize("height, width", RECTANGLES)
+def test_a_rectangular_spiral_is_the_square_one_without_the_cells_outside(height, width):
+    side = 2 * max(height, width)  # even: the square starts in row side/2, column side/2 − 1
+    expected = []
+    for cell in ORDERINGS["spiral"](side, side).tolist():
+        y = cell // side - side // 2 + height // 2
+        x = cell % side - (side // 2 - 1) + (width - 1) // 2
+        if 0 <= y < height and 0 <= x < width:
+            expected.append(y * width + x)
+    assert ORDERINGS["spiral"](height, width).tolist() == expected
+
+
+@pytest.mark.parametrize("name", ORDERINGS)
+def test_ranks_say_when_each_cell_is_visited(name):
+    p = ORDERINGS[name](8, 8)
+    rank = ranks(p, 8, 8)
+    assert [rank[cell // 8, cell % 8].item() for cell in p.tolist()] == list(range(64))
+
+
+@pytest.mark.parametrize("name, height, width", [
+    ("row", 3, 5), ("spiral", 3, 5), ("zcurve", 4, 4), ("subsample", 4, 4), ("alternate", 3, 5),
+    ("spiral", 8, 8)])
+def test_unroll_and_roll_up_do_what_a_slow_loop_does(name, height, width):
+    p = ORDERINGS[name](height, width)
+    codes = torch.randint(1000, (3, height, width), generator=torch.Generator().manual_seed(0))
+    sequence = torch.zeros(3, height * width, dtype=torch.int64)
+    for picture_index in range(3):
+        for t, cell in enumerate(p.tolist()):
+            sequence[picture_index, t] = codes[picture_index, cell // width, cell % width]
+    assert torch.equal(unroll(codes, p), sequence)
+    assert torch.equal(roll_up(sequence, p, height, width), codes)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("name", ORDERINGS)
+def test_roll_up_undoes_unroll_and_the_other_way_round(name, batch):
+    generator = torch.Generator().manual_seed(batch)
+    p = ORDERINGS[name](16, 16)
+    codes = torch.randint(1024, (batch, 16, 16), generator=generator)
+    sequence = torch.randint(1024, (batch, 256), generator=generator)
+    assert torch.equal(roll_up(unroll(codes, p), p, 16, 16), codes)
+    assert torch.equal(unroll(roll_up(sequence, p, 16, 16), p), sequence)
+
+
+def test_unroll_reads_a_transposed_grid_by_its_shape_not_its_memory():
+    codes = torch.arange(30).view(2, 5, 3).transpose(1, 2)  # (2, 3, 5), strided
+    p = ORDERINGS["alternate"](3, 5)
+    assert torch.equal(unroll(codes, p), unroll(codes.contiguous(), p))
+    assert unroll(codes, p)[0, :6].tolist() == [0, 3, 6, 9, 12, 13]
+
+
+def test_unroll_refuses_an_order_of_another_size():
+    with pytest.raises(ValueError, match="an order of 16 steps cannot unroll a grid of 4×5 cells"):
+        unroll(torch.zeros(2, 4, 5, dtype=torch.int64), ORDERINGS["row"](4, 4))
+
+
+@pytest.mark.parametrize("length, steps, height, width", [
+    (15, 16, 4, 4), (16, 15, 4, 4), (16, 16, 4, 5), (20, 16, 4, 5)])
+def test_roll_up_refuses_sizes_that_differ(length, steps, height, width):
+    with pytest.raises(ValueError, match=f"a sequence of {length} and an order of {steps} steps do not fill "
+                                         f"{height}×{width} cells"):
+        roll_up(torch.zeros(2, length, dtype=torch.int64), ORDERINGS["row"](1, steps), height, width)

@@ -1,0 +1,118 @@
+"""The house rules that a reader relies on. Oracle: the source files themselves, read as text and as syntax trees."""
+import ast
+import dataclasses
+import inspect
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import run
+import sample
+import train_gpt
+import train_vq
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("kernels/*.py"))
+SCRIPTS = {"train_vq": train_vq, "train_gpt": train_gpt, "sample": sample}
+LEVEL = {"kernels": 0, "scenes": 1, "vq": 1, "gpt": 1, "orderings": 1, "run": 1, "data": 1,
+         "train_vq": 2, "train_gpt": 2, "sample": 2}
+OUTSIDE = {"torch", "numpy", "PIL", "triton"} | set(sys.stdlib_module_names)
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of the modules that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_imports_only_go_down():
+    allowed_beside = {("train_gpt", "train_vq"), ("data", "scenes")}
+    for path in CODE:
+        module = "kernels" if path.parent.name == "kernels" else path.stem
+        for name in imports(path) - OUTSIDE - {module}:
+            assert LEVEL[name] < LEVEL[module] or (module, name) in allowed_beside, f"{path.name} imports {name}"
+        if module == "kernels":
+            assert imports(path) <= {"torch", "triton", "math", "kernels"}, path
+
+
+def test_nothing_but_the_five_requirements_is_needed():
+    names = [re.split(r"[=;<> ]", line)[0] for line in (ROOT / "requirements.txt").read_text().split("\n") if line]
+    assert names == ["torch", "triton", "numpy", "pillow", "pytest"]
+    assert set().union(*map(imports, CODE)) <= OUTSIDE | set(LEVEL)
+
+
+def test_every_file_reads_in_one_sitting():
+    for path in CODE:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 370, f"{path.name} has {len(lines)} lines"
+        assert [line for line in lines if len(line) > 110] == [], path.name
+
+
+def test_nothing_loads_code_or_hides_a_mistake():
+    for path in CODE:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert keywords.get("strict") != "False" and keywords.get("weights_only", "True") == "True", path.name
+                if ast.unparse(node.func) == "torch.load":
+                    assert keywords["weights_only"] == "True", path.name
+                assert ast.unparse(node.func) not in ("exec", "eval", "importlib.import_module"), path.name
+            assert not (isinstance(node, ast.ExceptHandler) and node.type is None), path.name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_explained_and_read(script):
+    module = SCRIPTS[script]
+    config = type(module.PRESETS["demo"])
+    comments = re.findall(r"^    (\w+): \w+ = .*?  # \S.*$", inspect.getsource(config), re.MULTILINE)
+    fields = [field.name for field in dataclasses.fields(config)]
+    assert comments == fields
+    code = "".join((ROOT / name).read_text() for name in (f"{script}.py", "run.py"))
+    for name in fields:
+        assert re.search(rf"(config|self|options|checkpoint\[.config.\])(\.|\[.){name}\b", code), f"--{name} is read nowhere"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_presets_are_demo_cifar10_and_paper_and_the_defaults_are_the_paper(script):
+    presets = SCRIPTS[script].PRESETS
+    assert list(presets) == ["demo", "cifar10", "paper"]
+    assert all(preset.preset == name for name, preset in presets.items())
+    assert presets["paper"] == type(presets["paper"])()
+
+
+def test_the_paper_preset_is_the_paper():
+    vq, gpt = train_vq.PRESETS["paper"], train_gpt.PRESETS["paper"]
+    assert (vq.image_size, vq.image_size // vq.model.downsampling, vq.codebook_size, vq.code_width) == (256, 16, 1024, 256)
+    assert (vq.commitment_weight, vq.batch_size, vq.lr) == (0.25, 12, pytest.approx(5.4e-5))
+    assert (gpt.n_layer, gpt.n_head, gpt.n_embd) == (24, 16, 1024)
+    assert (gpt.batch_size, gpt.lr, gpt.temperature, gpt.top_k) == (12, pytest.approx(5.4e-5), 1.0, 100)
+
+
+def documented_commands() -> list[str]:
+    """Every `python script.py …` in the README, the results and the scripts' docstrings."""
+    texts = [path.read_text() for path in [ROOT / "README.md", *ROOT.glob("results/*/README.md"), *ROOT.glob("*.py")]]
+    return [command for text in texts
+            for command in re.findall(r"(?:python|torchrun \S+ \d+) ((?:train_vq|train_gpt|sample)\.py[^\n`|;&#]*)", text)]
+
+
+def test_every_documented_command_is_understood():
+    commands = documented_commands()
+    assert len(commands) >= 10
+    for command in commands:
+        script, *flags = shlex.split(re.split(r" {3,}", command)[0].replace("…", "x").replace("$order", "row"))
+        run.parse_flags(SCRIPTS[script.removesuffix(".py")].PRESETS, flags)
+
+
+def test_ci_runs_the_command_of_the_readme():
+    test_command = "-m pytest -q tests"
+    assert f"python {test_command}" in (ROOT / "README.md").read_text()
+    assert test_command in (ROOT / ".ci/run").read_text()
