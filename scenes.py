@@ -21,7 +21,6 @@ KEYPOINTS = ("head", "neck", "hip", "left elbow", "left hand", "right elbow", "r
 SPLITS = {"train": 0, "val": 1}
 
 SKIES = ((140, 195, 245), (250, 185, 140), (50, 60, 115))  # day, dusk, night
-LIGHTS = (1.0, 1.0, 0.65)  # brightness of all else under each sky
 SUNS = ((255, 235, 130), (255, 100, 60), (235, 235, 245))  # the sun or moon of each sky
 GROUNDS = ((90, 160, 70), (215, 185, 125), (235, 240, 245))  # grass, sand, snow
 PAINTS = ((200, 50, 50), (50, 90, 200), (240, 200, 60), (150, 60, 160))  # balls, walls, tents, shirts
@@ -48,12 +47,11 @@ class Canvas:
         self.image = np.zeros((size, size, 3), np.float32)
         self.segmentation = np.zeros((size, size), np.uint8)
         self.depth = np.full((size, size), -1, np.float32)
-        self.light = 1.0  # brightness of the colours painted from now on
 
     def paint(self, distance: ndarray, colour: tuple, segment: str, depth: ndarray | float):
         """Cover the inside of a shape, given as signed distance (S, S), with a colour (3,) in [0, 255]."""
         coverage = np.clip(0.5 - distance * self.size, 0, 1)[..., None]  # (S, S, 1)
-        self.image += coverage * (self.light * np.asarray(colour, np.float32) - self.image)
+        self.image += coverage * (np.asarray(colour, np.float32) - self.image)
         inside = np.broadcast_to(distance < 0, self.segmentation.shape)
         self.segmentation[inside] = SEGMENTS.index(segment)
         self.depth[inside] = np.broadcast_to(depth, self.depth.shape)[inside]
@@ -91,7 +89,6 @@ def draw_scene(split: str, index: int, size: int) -> Scene:
     canvas.image[:] = SKIES[sky]
     sun = canvas.disc(random.integers(1, 8) / 8, random.integers(1, 3) / 8 + 1 / 32, 0.09)
     canvas.paint(sun, SUNS[sky], "sun", depth=-1)
-    canvas.light = LIGHTS[sky]
     nearness = (canvas.y - horizon) / (1 - horizon)  # 0 at the horizon, 1 at the lower edge
     canvas.paint(canvas.below(horizon), GROUNDS[ground], "ground", 2 * nearness - 1)
 

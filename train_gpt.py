@@ -96,8 +96,8 @@ class TrainConfig:
 PRESETS = {
     "demo": TrainConfig(
         preset="demo", data="scenes", data_dir="data", n_layer=4, n_head=4, n_embd=160, dropout=0.0,
-        steps=1200, batch_size=64, lr=2e-3, weight_decay=0.1, clip=1.0, warmup_steps=50, decay=True,
-        log_every=50, eval_every=300, checkpoint_every=300),
+        steps=2600, batch_size=16, lr=2e-3, weight_decay=0.1, clip=1.0, warmup_steps=100, decay=True,
+        log_every=100, eval_every=650, checkpoint_every=650),
     "cifar10": TrainConfig(
         preset="cifar10", data="cifar10", data_dir="data", views=2, n_layer=12, n_head=8, n_embd=256,
         dropout=0.1, steps=40_000, batch_size=128, lr=1e-3, weight_decay=0.1, clip=1.0, warmup_steps=500,

@@ -90,9 +90,9 @@ class TrainConfig:
 PRESETS = {
     # 32×32 → 8×8 of 256 codes.
     "demo": TrainConfig(
-        preset="demo", data="scenes", data_dir="data", image_size=32, base_channels=32,
-        channel_multipliers="1,2,2", residual_blocks=1, codebook_size=256, code_width=32, restart_every=25,
-        steps=1000, batch_size=64, lr=1e-3, beta1=0.9, beta2=0.99, warmup_steps=50, decay=True, log_every=50,
+        preset="demo", data="scenes", data_dir="data", image_size=32, base_channels=16,
+        channel_multipliers="1,2,4", residual_blocks=1, codebook_size=256, code_width=32, restart_every=25,
+        steps=1100, batch_size=8, lr=1e-3, beta1=0.9, beta2=0.99, warmup_steps=50, decay=True, log_every=50,
         eval_every=500, checkpoint_every=250),
     # §2: "we only downsample once": 32×32 → 16×16 of 1,024 codes.
     "cifar10": TrainConfig(

@@ -69,10 +69,13 @@ def conv(channels: int, out_channels: int, size: int = 3) -> nn.Conv2d:
 
 
 class ResidualBlock(nn.Module):
+    """Two convolutions beside a shortcut; starts as the shortcut alone, from which training gains speed."""
+
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
         self.layers = nn.Sequential(norm(channels), nn.SiLU(), conv(channels, out_channels),
                                     norm(out_channels), nn.SiLU(), conv(out_channels, out_channels))
+        nn.init.zeros_(self.layers[-1].weight)
         self.shortcut = nn.Identity() if channels == out_channels else conv(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,13 +83,14 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head attention between all cells of the coarsest grid."""
+    """Single-head attention between all cells of the coarsest grid; starts as the identity."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.norm = norm(channels)
         self.qkv = conv(channels, 3 * channels, 1)
         self.out = conv(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, h, w = x.shape

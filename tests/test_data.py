@@ -76,7 +76,7 @@ def assert_colour(image: ndarray, colour: tuple, tolerance: int = 0):
 
 
 class Numbers:
-    """A data set whose picture i is filled with i, or with i + 50 and more for another look than the fixed."""
+    """A data set whose picture i is filled with i; looks at it with a key, with i + 50 and more."""
 
     def __init__(self, count: int, name: str = "numbers"):
         self.count, self.name = count, name
@@ -730,13 +730,13 @@ def cache(directory: Path, dataset, encode, views: int = 1, seed: int = 0, first
 
 
 def test_cache_holds_what_encoding_directly_gives(tmp_path):
-    dataset, encode = Numbers(11), Encoder(200)
+    dataset, encode = Numbers(11), Encoder(250)
     codes = cache(tmp_path / "new" / "folder", dataset, encode, views=3, seed=5)
     assert codes.shape == (3, 11, 2, 2) and codes.dtype == np.uint16
     for view in range(3):
         for index in range(11):
             image = dataset[index, None if view == 0 else (5, view)]["image"]
-            assert (codes[view, index] == 200 * image[0, :2, :2].astype(int)).all()
+            assert (codes[view, index] == 250 * image[0, :2, :2].astype(int)).all()
     assert codes.max() > 2**15  # 16 bits without a sign
 
 

@@ -1,6 +1,7 @@
 """The three scripts as a user runs them, on twenty small pictures in a folder.
 
-Oracles: the run that was never interrupted, bit for bit; one process, for two; the sentence that an error message must be.
+Oracles: the run that was never interrupted, bit for bit; one process, for two; the sentence that an error message
+must be.
 """
 import json
 import os
@@ -23,10 +24,10 @@ import train_vq
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train_vq.py": train_vq, "train_gpt.py": train_gpt, "sample.py": sample}
-VQ_FLAGS = ("--data folder --image-size 16 --base-channels 8 --channel-multipliers 1,2 --codebook-size 16 --code-width 4 "
-            "--batch-size 4 --restart-every 3 --log-every 1 --eval-every 20 --device cpu").split()
-GPT_FLAGS = ("--data folder --n-layer 2 --n-head 2 --n-embd 16 --batch-size 4 --dropout 0.1 --log-every 1 --eval-every 20 "
-             "--top-k 10 --device cpu").split()
+VQ_FLAGS = ("--data folder --image-size 16 --base-channels 8 --channel-multipliers 1,2 --codebook-size 16 "
+            "--code-width 4 --batch-size 4 --restart-every 3 --log-every 1 --eval-every 20 --device cpu").split()
+GPT_FLAGS = ("--data folder --n-layer 2 --n-head 2 --n-embd 16 --batch-size 4 --dropout 0.1 --log-every 1 "
+             "--eval-every 20 --top-k 10 --device cpu").split()
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +131,8 @@ def test_resume_takes_the_config_from_the_checkpoint_and_may_train_longer(pictur
     flags = gpt_flags(pictures, first_stage, tmp_path / "a")
     train_gpt.main([*flags, "--steps", "3", "--order", "alternate", "--seed", "7"])
     longer = train_gpt.main(["--resume", "--out", str(tmp_path / "a"), "--steps", "6"])
-    whole = train_gpt.main([*gpt_flags(pictures, first_stage, tmp_path / "b"), "--steps", "6", "--order", "alternate", "--seed", "7"])
+    flags = gpt_flags(pictures, first_stage, tmp_path / "b")
+    whole = train_gpt.main([*flags, "--steps", "6", "--order", "alternate", "--seed", "7"])
     assert_bit_equal(longer, whole)
     assert torch.load(longer, weights_only=True)["config"]["order"] == "alternate"
 
@@ -163,9 +165,9 @@ def test_a_checkpoint_holds_numbers_strings_and_tensors_only_and_the_first_stage
 def test_the_log_repeats_what_the_screen_shows(pictures, first_stage, tmp_path, capsys):
     train_gpt.main([*gpt_flags(pictures, first_stage, tmp_path), "--steps", "2"])
     out = capsys.readouterr().out
-    assert re.search(r"what is good: 2\.773 nats/token is a uniform guess, \d\.\d+ knows how frequent each code is", out)
-    line = re.search(r"step 2/2 · train (\d\.\d{3}) nats/token · val (\d\.\d{3}) · lr (\d\.\de-\d\d) · \d+ ms/step · "
-                     r"[\d.]+k? tokens/s · \d\.\d GiB · eta 0m00s", out)
+    assert re.search(r"what is good: 2\.773 nats/token is a uniform guess, \d\.\d+ knows how frequent", out)
+    line = re.search(r"step 2/2 · train (\d\.\d{3}) nats/token · val (\d\.\d{3}) · lr (\d\.\de-\d\d) · "
+                     r"\d+ ms/step · [\d.]+k? tokens/s · \d\.\d GiB · eta 0m00s", out)
     logged = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert [f"{logged['train']:.3f}", f"{logged['val']:.3f}", f"{logged['lr']:.1e}"] == [line[1], line[2], line[3]]
     assert logged["step"] == 2
@@ -220,7 +222,7 @@ def test_the_second_stage_learns(pictures, first_stage, tmp_path):
     assert np.mean([line["train"] for line in log[-10:]]) < 0.5
 
 
-def test_without_a_first_stage_one_is_trained_and_if_that_was_cut_off_it_goes_on(pictures, tmp_path, monkeypatch, capsys):
+def test_without_a_first_stage_one_is_trained_or_goes_on_if_it_was_cut_off(pictures, tmp_path, monkeypatch, capsys):
     flags = dict(zip(VQ_FLAGS[::2], VQ_FLAGS[1::2]))
     fields = {name[2:].replace("-", "_"): int(value) if value.isdigit() else value for name, value in flags.items()}
     small = train_vq.TrainConfig(**fields, preset="demo", data_dir=str(pictures), steps=6, checkpoint_every=2)
@@ -270,8 +272,8 @@ def test_one_checkpoint_is_all_that_sampling_needs(second_stage, tmp_path):
 
 def test_the_animation_fills_the_grid_in_its_order(second_stage, tmp_path):
     from orderings import ORDERINGS
-    sample.main(["--checkpoint", str(second_stage), "--count", "4", "--device", "cpu", "--out", str(tmp_path / "a.png"),
-                 "--animate", str(tmp_path / "a.gif")])
+    sample.main(["--checkpoint", str(second_stage), "--count", "4", "--device", "cpu",
+                 "--out", str(tmp_path / "a.png"), "--animate", str(tmp_path / "a.gif")])
     cells = ORDERINGS["spiral"](8, 8).tolist()
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 65 and gif.info["loop"] == 0
@@ -304,28 +306,32 @@ def test_no_mistake_ends_in_a_traceback(pictures, first_stage, second_stage, tmp
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
     vq, gpt = vq_flags(pictures, out), gpt_flags(pictures, first_stage, out)
+    needs_vq, needs_gpt = (f"name a checkpoint.pt that train_{kind}.py has written" for kind in ("vq", "gpt"))
+    orders = "row, spiral, zcurve, subsample, alternate"
+    here = [*gpt_flags(pictures, first_stage, second_stage.parent)]
+    deeper = ["--resume", "--out", str(second_stage.parent), "--n-layer", "3"]
     cases = [
-        ("train_gpt.py", ["--order", "sprial"], 2, "order is 'sprial'; choose one of row, spiral, zcurve, subsample, alternate"),
+        ("train_gpt.py", ["--order", "sprial"], 2, f"order is 'sprial'; choose one of {orders}"),
         ("train_gpt.py", ["--ordr", "row"], 2, "unrecognized arguments: --ordr row; --help lists the flags"),
-        ("train_gpt.py", ["--steps", "many"], 2, "argument --steps: invalid int value: 'many'; --help lists the flags"),
-        ("train_gpt.py", ["--n-head", "7"], 2, "n_embd is 160, which 7 heads do not divide; choose a multiple of n_head"),
+        ("train_gpt.py", ["--steps", "many"], 2, "argument --steps: invalid int value: 'many'; --help lists"),
+        ("train_gpt.py", ["--n-head", "7"], 2, "n_embd is 160, which 7 heads do not divide; choose a multiple"),
         ("train_gpt.py", ["--preset", "huge"], 2, "preset is 'huge'; choose one of demo, cifar10, paper"),
         ("train_vq.py", ["--image-size", "30"], 2, "image_size is 30, which channel_multipliers"),
         ("train_vq.py", ["--base-channels", "70"], 2, "70 channels do not split into"),
-        ("train_vq.py", ["--channel-multipliers", "1,x"], 2, "channel_multipliers is '1,x'; it must be whole numbers"),
+        ("train_vq.py", ["--channel-multipliers", "1,x"], 2, "channel_multipliers is '1,x'; it must be whole"),
         ("train_vq.py", ["--steps", "0"], 2, "steps is 0; it must be at least 1"),
         ("train_vq.py", [*vq, "--device", "tpu9"], 1, "device is 'tpu9', which torch cannot use here"),
-        ("train_vq.py", [*vq, "--data-dir", str(tmp_path / "none")], 1, "none is no folder; name your folder of pictures"),
+        ("train_vq.py", [*vq, "--data-dir", str(tmp_path / "none")], 1, "none is no folder; name your folder"),
         ("train_vq.py", [*vq, "--data-dir", str(empty)], 1, "has no train pictures"),
         ("train_vq.py", [*vq, "--data-dir", str(holey)], 1, "a.png cannot be read as a picture"),
         ("train_vq.py", [*vq, "--data-dir", str(holey), "--workers", "1"], 1, "a.png cannot be read as a picture"),
         ("train_vq.py", [*vq, "--image-size", "32"], 1, "has 16×16 pixels, too few for an image_size of 32"),
-        ("train_gpt.py", [*gpt, "--vq", str(tmp_path / "none.pt")], 1, "none.pt does not exist; name a checkpoint.pt that train_vq"),
-        ("train_gpt.py", [*gpt, "--vq", str(second_stage)], 1, "is a checkpoint of train_gpt.py; name a checkpoint.pt that train_vq"),
+        ("train_gpt.py", [*gpt, "--vq", str(tmp_path / "none.pt")], 1, f"none.pt does not exist; {needs_vq}"),
+        ("train_gpt.py", [*gpt, "--vq", str(second_stage)], 1, f"is a checkpoint of train_gpt.py; {needs_vq}"),
         ("train_gpt.py", [*gpt, "--vq", str(bad)], 1, "bad.pt is damaged, or holds more than"),
-        ("train_gpt.py", [*gpt_flags(pictures, first_stage, second_stage.parent)], 2, "already holds a run (4 of 4 steps done); add --resume"),
-        ("train_gpt.py", ["--resume", "--out", str(second_stage.parent), "--n-layer", "3"], 2, "n_layer is 3 but the run in"),
-        ("sample.py", ["--checkpoint", str(first_stage)], 1, "is a checkpoint of train_vq.py; name a checkpoint.pt that train_gpt"),
+        ("train_gpt.py", here, 2, "already holds a run (4 of 4 steps done); add --resume"),
+        ("train_gpt.py", deeper, 2, "n_layer is 3 but the run in"),
+        ("sample.py", ["--checkpoint", str(first_stage)], 1, f"is a checkpoint of train_vq.py; {needs_gpt}"),
         ("sample.py", ["--checkpoint", str(truncated)], 1, "truncated.pt is damaged, or holds more than"),
         ("sample.py", ["--temperature", "0"], 2, "temperature is 0.0; it must be above 0"),
         ("sample.py", ["--animate", "a.mp4"], 2, "animate is 'a.mp4'; it must name a .gif file"),
@@ -348,7 +354,8 @@ def test_a_checkpoint_with_code_in_it_runs_nothing(tmp_path, monkeypatch, capsys
     assert not (tmp_path / "it ran").exists()
 
 
-def test_a_run_goes_on_without_its_first_stage_but_not_with_another(pictures, first_stage, tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_without_its_first_stage_but_not_with_another(
+        pictures, first_stage, tmp_path, monkeypatch, capsys):
     path = tmp_path / "vq.pt"
     path.write_bytes(first_stage.read_bytes())
     flags = gpt_flags(pictures, path, tmp_path / "a")
@@ -372,7 +379,8 @@ def test_a_default_first_stage_of_other_pictures_is_refused(pictures, first_stag
     assert code == 1 and f"was trained on {pictures}, not on mine: name it with --vq" in errors
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(pictures, first_stage, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
+        pictures, first_stage, tmp_path, monkeypatch, capsys):
     flags = [*gpt_flags(pictures, first_stage, tmp_path), "--steps", "30", "--checkpoint-every", "1"]
     code, _, errors = shell("train_gpt.py", [*flags, "--lr", "1e30"], monkeypatch, capsys)
     assert code == 1 and re.search(r"the train loss became (nan|inf): ", errors)
@@ -405,9 +413,11 @@ def test_two_processes_compute_what_one_does(pictures, first_stage, tmp_path):
             return [*base, "--steps", "8", "--restart-every" if stage == "train_vq.py" else "--dropout", "0"]
 
         one = torch.load(module.main(flags("one")), weights_only=True)["model"]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / stage)]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [sys.executable, *torchrun, str(ROOT / stage)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*command, *flags("two")], capture_output=True, text=True, cwd=tmp_path, env=environment)
+        done = subprocess.run([*command, *flags("two")], capture_output=True, text=True, cwd=tmp_path,
+                              env=environment)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("step 8/8") == 1  # only one process talks
         two = torch.load(tmp_path / f"{stage}-two" / "checkpoint.pt", weights_only=True)["model"]

@@ -136,13 +136,18 @@ def test_network_gives_the_same_twice():
         assert torch.equal(first, second)
 
 
+def with_random_parameters(block: torch.nn.Module) -> torch.nn.Module:
+    """So that no part of a new block that starts at zero or one is left out."""
+    for parameter in block.requires_grad_(False).parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return block
+
+
 @pytest.mark.parametrize("channels, out_channels", [(8, 8), (8, 16)])
 def test_residual_block_adds_two_normalized_convolutions_to_its_input(channels, out_channels):
-    block = ResidualBlock(channels, out_channels).double()
+    block = with_random_parameters(ResidualBlock(channels, out_channels).double())
     x = torch.randn(2, channels, 5, 4, dtype=torch.float64)
-    weights = {name: parameter for name, parameter in block.named_parameters()}
-    torch.nn.init.normal_(weights["layers.0.weight"])
-    torch.nn.init.normal_(weights["layers.3.bias"])
+    weights = dict(block.named_parameters())
 
     def normalized(x: Tensor, layer: int) -> Tensor:
         B, C = x.shape[:2]
@@ -162,6 +167,14 @@ def test_residual_block_adds_two_normalized_convolutions_to_its_input(channels, 
     torch.testing.assert_close(block(x), shortcut + inner)
 
 
+def test_new_blocks_start_as_their_shortcut_but_for_a_constant_in_each_channel():
+    x = torch.randn(2, 8, 5, 4)
+    for block in (AttentionBlock(8), ResidualBlock(8, 8)):
+        assert (block(x) - x).std((0, 2, 3)).max() < 1e-6
+    block = ResidualBlock(8, 16)
+    assert (block(x) - block.shortcut(x)).std((0, 2, 3)).max() < 1e-6
+
+
 def test_groups_for_normalization_are_32_or_hold_four_channels():
     groups = {512: 32, 256: 32, 128: 32, 64: 16, 32: 8, 8: 2, 4: 1, 3: 1, 1: 1}
     assert {channels: norm_groups(channels) for channels in groups} == groups
@@ -169,7 +182,7 @@ def test_groups_for_normalization_are_32_or_hold_four_channels():
 
 def test_attention_block_is_softmax_attention_between_all_cells():
     C, h, w = 8, 3, 4
-    block = AttentionBlock(C).double().requires_grad_(False)
+    block = with_random_parameters(AttentionBlock(C).double())
     x = torch.randn(2, C, h, w, dtype=torch.float64)
     qkv = block.qkv(block.norm(x))
     expected = x.clone()
@@ -390,6 +403,13 @@ def test_nearest_code_agrees_with_a_slow_loop():
 def test_ties_go_to_the_lowest_index():
     codebook = torch.tensor([[4.0], [1.0], [-1.0], [1.0], [-4.0]])
     assert nearest_code(torch.tensor([[0.0], [1.0], [-1.0], [9.0]]), codebook).tolist() == [1, 1, 2, 0]
+
+
+def test_ties_between_different_codes_go_to_the_lowest_index_too():
+    for _ in range(20):
+        codebook = torch.randint(-3, 4, (11, 2)).float()
+        vectors = torch.cartesian_prod(torch.arange(-3.0, 4), torch.arange(-3.0, 4)) / 2  # many lie halfway
+        assert torch.equal(nearest_code(vectors, codebook), slow_nearest(vectors, codebook))
 
 
 def test_common_offset_does_not_blur_the_codes():
