@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from scenes import draw_scene
 
 DATASETS = ("scenes", "cifar10", "folder")
-SCENES = {"train": 8000, "val": 1000}  # pictures in each split; any number could be drawn
+SCENES = {"train": 16_000, "val": 1000}  # pictures in each split; any number could be drawn
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")  # case does not matter
