@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from scenes import draw_scene
+import scenes
 
 DATASETS = ("scenes", "cifar10", "folder")
 SCENES = {"train": 16_000, "val": 1000}  # pictures in each split; any number could be drawn
@@ -50,14 +50,15 @@ class Scenes:
         index, _ = item
         if index in self.drawn:
             return self.drawn[index]
-        scene = draw_scene(self.split, index, self.size)
+        scene = scenes.draw_scene(self.split, index, self.size)
         fields = scene._asdict() | {"image": scene.image.transpose(2, 0, 1)}  # (S, S, 3) → (3, S, S)
         if self.size <= 64:
             self.drawn[index] = fields
         return fields
 
     def fingerprint(self) -> str:
-        return f"scenes {self.split} {self.size} {len(self)}"
+        program = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()  # it may draw other pictures
+        return f"scenes {self.split} {self.size} {len(self)} {program}"
 
 
 class Cifar10:
@@ -83,7 +84,7 @@ class Cifar10:
     def __getitem__(self, item: tuple[int, Key]) -> dict[str, ndarray]:
         index, key = item
         image = self.images[index]  # (3, 32, 32)
-        if self.flip and key is not None and np.random.default_rng((*key, index)).random() < 0.5:
+        if self.flip and key is not None and look(key, index).random() < 0.5:
             image = np.ascontiguousarray(image[:, :, ::-1])
         return {"image": image, "label": self.labels[index]}
 
@@ -123,11 +124,16 @@ class Folder:
         if min(picture.size) < self.size and not self.upscale:
             raise ValueError(f"{self.files[index]} has {picture.width}×{picture.height} pixels, too few for "
                              f"an image_size of {self.size}: remove it, lower --image-size, or add --upscale")
-        random = np.random.default_rng((*key, index)) if self.train and key is not None else None
+        random = look(key, index) if self.train and key is not None else None
         return {"image": crop(picture, self.size, self.flip, random)}
 
     def fingerprint(self) -> str:
         return f"folder {self.size} {self.train} {self.flip} {self.upscale} {stamp(self.files)}"
+
+
+def look(key: Key, index: int) -> np.random.Generator:
+    """Random numbers of one look at one picture; the 1 keeps them apart from those that shuffle the epoch."""
+    return np.random.default_rng((*key, index, 1))
 
 
 def open_dataset(name: str, directory: str, split: str, size: int, flip: bool = False, upscale: bool = False):
@@ -151,7 +157,6 @@ def open_picture(path: Path, size: int) -> Image.Image:
         with Image.open(path) as file:
             file.draft("RGB", (2 * size, 2 * size))
             picture = ImageOps.exif_transpose(file)
-            picture.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture ({error}): remove or replace it") from None
     if picture.mode.startswith(("I", "F")):  # 16-bit grey: scale to 8 bits, `convert` would clip

@@ -33,7 +33,8 @@ class VQConfig:
         for name in ("image_channels", "base_channels", "residual_blocks", "codebook_size", "code_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not all(part.strip().isdigit() and int(part) > 0 for part in self.channel_multipliers.split(",")):
+        parts = self.channel_multipliers.split(",")
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
             raise ValueError(f"channel_multipliers is {self.channel_multipliers!r}; "
                              "it must be whole numbers like 1,1,2,2,4")
         for width in self.widths:
@@ -41,7 +42,7 @@ class VQConfig:
                 raise ValueError(
                     f"{width} channels do not split into {norm_groups(width)} groups for normalization; "
                     "choose base_channels and channel_multipliers whose products are multiples of 32")
-        if self.commitment_weight < 0:
+        if not self.commitment_weight >= 0:
             raise ValueError(f"commitment_weight is {self.commitment_weight}; it must not be negative")
 
     @property
@@ -69,7 +70,7 @@ def conv(channels: int, out_channels: int, size: int = 3) -> nn.Conv2d:
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut; starts as the shortcut alone, from which training gains speed."""
+    """Two convolutions beside a shortcut; starts near the shortcut, which trains faster."""
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
@@ -83,7 +84,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head attention between all cells of the coarsest grid; starts as the identity."""
+    """Single-head attention between all cells of the coarsest grid; starts near the identity."""
 
     def __init__(self, channels: int):
         super().__init__()

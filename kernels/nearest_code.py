@@ -30,7 +30,8 @@ def nearest_code_reference(vectors: Tensor, codebook: Tensor) -> Tensor:
     nearest = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
     for start in range(0, len(vectors), ROWS):
         rows = vectors[start:start + ROWS].to(dtype) - offset  # (≤ROWS, D)
-        scores = torch.addmm(squared_norms, rows, centred.T, alpha=-2)  # (≤ROWS, K)
+        with torch.autocast(rows.device.type, enabled=False):  # it would round the product to bfloat16
+            scores = torch.addmm(squared_norms, rows, centred.T, alpha=-2)  # (≤ROWS, K)
         nearest[start:start + ROWS] = scores.argmin(1)
     return nearest
 

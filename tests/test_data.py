@@ -111,7 +111,7 @@ def test_scenes_are_drawn_once_if_small_and_the_same_whatever_the_key(monkeypatc
         calls.append(arguments)
         return draw_scene(*arguments)
 
-    monkeypatch.setattr(data, "draw_scene", counted)
+    monkeypatch.setattr(data.scenes, "draw_scene", counted)
     small, large = Scenes("train", 64), Scenes("train", 65)
     for dataset in (small, large):
         first, again = dataset[2, None]["image"], dataset[2, (0, 1)]["image"]
@@ -120,13 +120,13 @@ def test_scenes_are_drawn_once_if_small_and_the_same_whatever_the_key(monkeypatc
     assert calls == [("train", 2, 64), ("train", 4, 64), ("train", 2, 65), ("train", 2, 65), ("train", 4, 65)]
 
 
-def test_scenes_have_8000_training_and_1000_validation_pictures_and_distinct_fingerprints(monkeypatch):
+def test_scenes_have_16000_training_and_1000_validation_pictures_and_distinct_fingerprints(monkeypatch):
     sets = [Scenes("train", 16), Scenes("val", 16), Scenes("train", 32)]
-    assert [len(dataset) for dataset in sets] == [8000, 1000, 8000]
+    assert [len(dataset) for dataset in sets] == [16000, 1000, 16000]
     prints = {dataset.fingerprint() for dataset in sets}
     assert len(prints) == 3
     assert Scenes("val", 16).fingerprint() in prints
-    monkeypatch.setitem(data.SCENES, "val", 8000)
+    monkeypatch.setitem(data.SCENES, "val", 16000)
     assert Scenes("val", 16).fingerprint() not in prints
 
 

@@ -284,3 +284,11 @@ def test_on_the_cpu_the_public_names_are_the_references(dtype):
     assert torch.equal(causal_attention(*inputs), causal_attention_reference(*inputs))
     x, codebook = random(60, 6, seed=1, dtype=dtype), random(30, 6, seed=2, dtype=dtype)
     assert torch.equal(nearest_code(x, codebook), nearest_code_reference(x, codebook))
+
+
+def test_autocast_does_not_round_the_distances():
+    random = torch.Generator().manual_seed(0)
+    vectors, codebook = torch.randn(500, 8, generator=random), torch.randn(256, 8, generator=random)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = nearest_code(vectors, codebook)
+    assert torch.equal(under_autocast, nearest_code(vectors, codebook))

@@ -1,7 +1,6 @@
 """The three scripts as a user runs them, on twenty small pictures in a folder.
 
-Oracles: the run that was never interrupted, bit for bit; one process, for two; the sentence that an error message
-must be.
+Oracles: the run that was never interrupted, bit for bit; one process, for two; the error's literal sentence.
 """
 import json
 import os
@@ -25,7 +24,8 @@ import train_vq
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train_vq.py": train_vq, "train_gpt.py": train_gpt, "sample.py": sample}
 VQ_FLAGS = ("--data folder --image-size 16 --base-channels 8 --channel-multipliers 1,2 --codebook-size 16 "
-            "--code-width 4 --batch-size 4 --restart-every 3 --log-every 1 --eval-every 20 --device cpu").split()
+            "--code-width 4 --batch-size 4 --restart-every 3 --log-every 1 --eval-every 20 "
+            "--device cpu").split()
 GPT_FLAGS = ("--data folder --n-layer 2 --n-head 2 --n-embd 16 --batch-size 4 --dropout 0.1 --log-every 1 "
              "--eval-every 20 --top-k 10 --device cpu").split()
 
@@ -98,7 +98,8 @@ def shell(script: str, flags: list[str], monkeypatch, capsys) -> tuple[int, str,
 
 @pytest.mark.parametrize("stage", ["train_vq.py", "train_gpt.py"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(stage, number, pictures, first_stage, tmp_path):
+def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(
+        stage, number, pictures, first_stage, tmp_path):
     def flags(name):
         out = tmp_path / name
         base = vq_flags(pictures, out) if stage == "train_vq.py" else gpt_flags(pictures, first_stage, out)
@@ -106,7 +107,8 @@ def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(stage, number
 
     whole = SCRIPTS[stage].main(flags("whole"))
     command = [sys.executable, str(ROOT / stage), *flags("interrupted")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, cwd=tmp_path, **pipes)
     for line in process.stdout:
         if line.startswith("step 10/"):
             process.send_signal(number)
@@ -115,7 +117,8 @@ def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(stage, number
     saved = torch.load(tmp_path / "interrupted" / "checkpoint.pt", weights_only=True)
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert re.fullmatch(rf"{stage}: stopped after step {saved['step']} of 40; .* is saved, --resume goes on\n", errors)
+        stopped = rf"{stage}: stopped after step {saved['step']} of 40; .* is saved, --resume goes on\n"
+        assert re.fullmatch(stopped, errors)
         assert 10 <= saved["step"] < 40
     else:
         assert process.returncode == -signal.SIGKILL
@@ -123,7 +126,8 @@ def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(stage, number
 
     resumed = SCRIPTS[stage].main(["--resume", "--data", "folder", "--out", str(tmp_path / "interrupted")])
     assert_bit_equal(resumed, whole)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "interrupted" / "log.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "interrupted" / "log.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     assert steps == list(range(1, 41))
 
 
@@ -144,14 +148,15 @@ def test_the_number_of_worker_processes_changes_nothing(pictures, first_stage, t
 
 def test_two_seeds_give_two_models(pictures, first_stage, tmp_path):
     other = train_vq.main([*vq_flags(pictures, tmp_path), "--steps", "12", "--seed", "1"])
-    a, b = (torch.load(path, weights_only=True)["model"]["quantizer.codebook"] for path in (other, first_stage))
+    models = (torch.load(path, weights_only=True)["model"] for path in (other, first_stage))
+    a, b = (model["quantizer.codebook"] for model in models)
     assert not torch.equal(a, b)
 
 
 # What a run leaves behind
 
 
-def test_a_checkpoint_holds_numbers_strings_and_tensors_only_and_the_first_stage_too(first_stage, second_stage):
+def test_a_checkpoint_holds_numbers_strings_tensors_and_the_first_stage(first_stage, second_stage):
     checkpoint = torch.load(second_stage, weights_only=True)
     assert checkpoint["kind"] == "gpt" and checkpoint["step"] == 4 and checkpoint["grid"] == [8, 8]
     assert checkpoint["config"]["order"] == "spiral"
@@ -159,7 +164,8 @@ def test_a_checkpoint_holds_numbers_strings_and_tensors_only_and_the_first_stage
     vq = torch.load(first_stage, weights_only=True)
     assert checkpoint["first_stage"]["path"] == str(first_stage)
     assert checkpoint["first_stage"]["hash"] == run.weights_hash(vq["model_config"], vq["model"])
-    assert all(torch.equal(vq["model"][name], weight) for name, weight in checkpoint["first_stage"]["model"].items())
+    copies = checkpoint["first_stage"]["model"]
+    assert all(torch.equal(vq["model"][name], weight) for name, weight in copies.items())
 
 
 def test_the_log_repeats_what_the_screen_shows(pictures, first_stage, tmp_path, capsys):
@@ -169,7 +175,8 @@ def test_the_log_repeats_what_the_screen_shows(pictures, first_stage, tmp_path, 
     line = re.search(r"step 2/2 · train (\d\.\d{3}) nats/token · val (\d\.\d{3}) · lr (\d\.\de-\d\d) · "
                      r"\d+ ms/step · [\d.]+k? tokens/s · \d\.\d GiB · eta 0m00s", out)
     logged = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-    assert [f"{logged['train']:.3f}", f"{logged['val']:.3f}", f"{logged['lr']:.1e}"] == [line[1], line[2], line[3]]
+    shown = [f"{logged['train']:.3f}", f"{logged['val']:.3f}", f"{logged['lr']:.1e}"]
+    assert shown == [line[1], line[2], line[3]]
     assert logged["step"] == 2
     assert out.splitlines()[-1].endswith(f"{tmp_path / 'checkpoint.pt'} · {tmp_path / 'step-000002.png'}")
 
@@ -214,17 +221,19 @@ def test_codes_are_computed_once_for_all_orders(pictures, first_stage, second_st
 
 
 def test_the_second_stage_learns(pictures, first_stage, tmp_path):
-    """Sixteen grids can be learnt by heart, so the training loss must fall far below the entropy of the codes."""
-    train_gpt.main([*gpt_flags(pictures, first_stage, tmp_path), "--steps", "200", "--lr", "1e-2", "--dropout", "0",
-                    "--n-embd", "32", "--eval-every", "200"])
+    """Sixteen grids can be learnt by heart: the loss must fall far below the entropy of the codes."""
+    train_gpt.main([*gpt_flags(pictures, first_stage, tmp_path), "--steps", "200", "--lr", "1e-2",
+                    "--dropout", "0", "--n-embd", "32", "--eval-every", "200"])
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log[0]["train"] > 2.5
     assert np.mean([line["train"] for line in log[-10:]]) < 0.5
 
 
-def test_without_a_first_stage_one_is_trained_or_goes_on_if_it_was_cut_off(pictures, tmp_path, monkeypatch, capsys):
+def test_without_a_first_stage_one_is_trained_or_goes_on_if_it_was_cut_off(
+        pictures, tmp_path, monkeypatch, capsys):
     flags = dict(zip(VQ_FLAGS[::2], VQ_FLAGS[1::2]))
-    fields = {name[2:].replace("-", "_"): int(value) if value.isdigit() else value for name, value in flags.items()}
+    fields = {name[2:].replace("-", "_"): int(value) if value.isdigit() else value
+              for name, value in flags.items()}
     small = train_vq.TrainConfig(**fields, preset="demo", data_dir=str(pictures), steps=6, checkpoint_every=2)
     monkeypatch.setitem(train_vq.PRESETS, "demo", small)
     monkeypatch.chdir(tmp_path)
@@ -243,7 +252,8 @@ def test_without_a_first_stage_one_is_trained_or_goes_on_if_it_was_cut_off(pictu
     out = train_gpt.main([*GPT_FLAGS, "--data-dir", str(pictures), "--steps", "1"])
     assert out == Path("runs/gpt-demo-folder-row/checkpoint.pt") and out.is_file()
     assert "no finished first stage in runs/vq-demo-folder: training it first" in capsys.readouterr().out
-    assert_bit_equal(first_stage, train_vq.main(["--data-dir", str(pictures), "--data", "folder", "--out", "whole"]))
+    whole = train_vq.main(["--data-dir", str(pictures), "--data", "folder", "--out", "whole"])
+    assert_bit_equal(first_stage, whole)
 
 
 # Sampling
@@ -281,7 +291,8 @@ def test_the_animation_fills_the_grid_in_its_order(second_stage, tmp_path):
         for frame in range(gif.n_frames):
             gif.seek(frame)
             milliseconds += gif.info["duration"]
-            frames.append(np.asarray(gif.convert("RGB"))[:64, :64].astype(int))  # the first picture: cells of 8×8 pixels
+            pixels = np.asarray(gif.convert("RGB"))[:64, :64]  # the first picture: cells of 8×8 pixels
+            frames.append(pixels.astype(int))
     assert 3000 <= milliseconds <= 6000
     for step, cell in enumerate(cells):
         changed = (frames[step + 1] != frames[step]).any(2)
@@ -314,20 +325,20 @@ def test_no_mistake_ends_in_a_traceback(pictures, first_stage, second_stage, tmp
         ("train_gpt.py", ["--order", "sprial"], 2, f"order is 'sprial'; choose one of {orders}"),
         ("train_gpt.py", ["--ordr", "row"], 2, "unrecognized arguments: --ordr row; --help lists the flags"),
         ("train_gpt.py", ["--steps", "many"], 2, "argument --steps: invalid int value: 'many'; --help lists"),
-        ("train_gpt.py", ["--n-head", "7"], 2, "n_embd is 160, which 7 heads do not divide; choose a multiple"),
+        ("train_gpt.py", ["--n-head", "7"], 2, "n_embd is 160, which 7 heads do not divide"),
         ("train_gpt.py", ["--preset", "huge"], 2, "preset is 'huge'; choose one of demo, cifar10, paper"),
         ("train_vq.py", ["--image-size", "30"], 2, "image_size is 30, which channel_multipliers"),
         ("train_vq.py", ["--base-channels", "70"], 2, "70 channels do not split into"),
-        ("train_vq.py", ["--channel-multipliers", "1,x"], 2, "channel_multipliers is '1,x'; it must be whole"),
+        ("train_vq.py", ["--channel-multipliers", "1,x"], 2, "channel_multipliers is '1,x'; it must"),
         ("train_vq.py", ["--steps", "0"], 2, "steps is 0; it must be at least 1"),
         ("train_vq.py", [*vq, "--device", "tpu9"], 1, "device is 'tpu9', which torch cannot use here"),
-        ("train_vq.py", [*vq, "--data-dir", str(tmp_path / "none")], 1, "none is no folder; name your folder"),
+        ("train_vq.py", [*vq, "--data-dir", str(tmp_path / "none")], 1, "none is no folder; name your"),
         ("train_vq.py", [*vq, "--data-dir", str(empty)], 1, "has no train pictures"),
         ("train_vq.py", [*vq, "--data-dir", str(holey)], 1, "a.png cannot be read as a picture"),
-        ("train_vq.py", [*vq, "--data-dir", str(holey), "--workers", "1"], 1, "a.png cannot be read as a picture"),
+        ("train_vq.py", [*vq, "--data-dir", str(holey), "--workers", "1"], 1, "a.png cannot be read as a"),
         ("train_vq.py", [*vq, "--image-size", "32"], 1, "has 16×16 pixels, too few for an image_size of 32"),
         ("train_gpt.py", [*gpt, "--vq", str(tmp_path / "none.pt")], 1, f"none.pt does not exist; {needs_vq}"),
-        ("train_gpt.py", [*gpt, "--vq", str(second_stage)], 1, f"is a checkpoint of train_gpt.py; {needs_vq}"),
+        ("train_gpt.py", [*gpt, "--vq", str(second_stage)], 1, f"checkpoint of train_gpt.py; {needs_vq}"),
         ("train_gpt.py", [*gpt, "--vq", str(bad)], 1, "bad.pt is damaged, or holds more than"),
         ("train_gpt.py", here, 2, "already holds a run (4 of 4 steps done); add --resume"),
         ("train_gpt.py", deeper, 2, "n_layer is 3 but the run in"),
@@ -370,7 +381,8 @@ def test_a_run_goes_on_without_its_first_stage_but_not_with_another(
     assert torch.load(train_gpt.main(resume), weights_only=True)["step"] == 3
 
 
-def test_a_default_first_stage_of_other_pictures_is_refused(pictures, first_stage, tmp_path, monkeypatch, capsys):
+def test_a_default_first_stage_of_other_pictures_is_refused(
+        pictures, first_stage, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("runs/vq-demo-folder").mkdir(parents=True)
     Path("runs/vq-demo-folder/checkpoint.pt").write_bytes(first_stage.read_bytes())
@@ -394,7 +406,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as if the disk had room for 100 kB more
     try:
-        with pytest.raises(OSError, match="of step 2 could not be written .*the checkpoint before it is intact"):
+        with pytest.raises(OSError, match="step 2 could not be written .*the checkpoint before it is intact"):
             run.save_checkpoint(path, {"kind": "gpt", "step": 2, "weight": torch.zeros(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -409,14 +421,14 @@ def test_two_processes_compute_what_one_does(pictures, first_stage, tmp_path):
     for stage, module in (("train_vq.py", train_vq), ("train_gpt.py", train_gpt)):
         def flags(name):
             out = tmp_path / f"{stage}-{name}"
-            base = vq_flags(pictures, out) if stage == "train_vq.py" else gpt_flags(pictures, first_stage, out)
-            return [*base, "--steps", "8", "--restart-every" if stage == "train_vq.py" else "--dropout", "0"]
+            vq, gpt = vq_flags(pictures, out), gpt_flags(pictures, first_stage, out)
+            return [*vq, "--restart-every", "0"] if stage == "train_vq.py" else [*gpt, "--dropout", "0"]
 
-        one = torch.load(module.main(flags("one")), weights_only=True)["model"]
+        one = torch.load(module.main([*flags("one"), "--steps", "8"]), weights_only=True)["model"]
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [sys.executable, *torchrun, str(ROOT / stage)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*command, *flags("two")], capture_output=True, text=True, cwd=tmp_path,
+        done = subprocess.run([*command, *flags("two"), "--steps", "8"], capture_output=True, text=True, cwd=tmp_path,
                               env=environment)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("step 8/8") == 1  # only one process talks

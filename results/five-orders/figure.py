@@ -1,6 +1,6 @@
-"""The README's picture: the five rank grids of a 4×4 grid (Fig. 2) above five rows of samples, a column for each order.
+"""The README's picture: five rank grids (Fig. 2) above five rows of samples, a column for each order.
 
-    python results/five-orders/figure.py runs/gpt-demo-scenes-{row,spiral,zcurve,subsample,alternate}/checkpoint.pt five_orders.png
+    python results/five-orders/figure.py CHECKPOINT [CHECKPOINT ...] OUT.png     one checkpoint an order
 """
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whose modules are not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import run
 from gpt import GPT, GPTConfig
@@ -19,7 +19,7 @@ SIDE, GAP, ROWS = 128, 12, 5
 
 
 def rank_grid(order: str) -> Image.Image:
-    """A 4×4 grid from dark (first) to light (last), with the step written into each cell and the path drawn."""
+    """A 4×4 grid from dark (first) to light (last), with the step in each cell and the path drawn."""
     rank, cell = ranks(ORDERINGS[order](4, 4), 4, 4), SIDE // 4
     picture = Image.new("RGB", (SIDE, SIDE))
     draw = ImageDraw.Draw(picture)
@@ -49,7 +49,8 @@ def samples(path: str) -> tuple[str, list[Image.Image]]:
     tokens = gpt.generate(torch.full((ROWS, 1), start_token), h * w, sampled_tokens=start_token,
                           generator=torch.Generator().manual_seed(0))
     images = vq.decode(roll_up(tokens[:, 1:], ORDERINGS[order](h, w), h, w))
-    return order, [Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.NEAREST) for pixels in run.to_pixels(images)]
+    pictures = [Image.fromarray(pixels) for pixels in run.to_pixels(images)]
+    return order, [picture.resize((SIDE, SIDE), Image.Resampling.NEAREST) for picture in pictures]
 
 
 def main():
@@ -59,7 +60,8 @@ def main():
     figure = Image.new("RGB", (len(columns) * step - GAP, 24 + SIDE + 2 * GAP + ROWS * step - GAP), "white")
     draw = ImageDraw.Draw(figure)
     for i, (order, pictures) in enumerate(columns):
-        draw.text((i * step + SIDE / 2, 10), order, fill="black", anchor="mm", font=ImageFont.load_default(18))
+        middle = (i * step + SIDE / 2, 10)
+        draw.text(middle, order, fill="black", anchor="mm", font=ImageFont.load_default(18))
         figure.paste(rank_grid(order), (i * step, 24))
         for row, picture in enumerate(pictures):
             figure.paste(picture, (i * step, 24 + SIDE + 2 * GAP + row * step))
