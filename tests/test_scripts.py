@@ -254,6 +254,8 @@ def test_without_a_first_stage_one_is_trained_or_goes_on_if_it_was_cut_off(
     assert "no finished first stage in runs/vq-demo-folder: training it first" in capsys.readouterr().out
     whole = train_vq.main(["--data-dir", str(pictures), "--data", "folder", "--out", "whole"])
     assert_bit_equal(first_stage, whole)
+    again = train_gpt.main([*GPT_FLAGS, "--data-dir", str(pictures), "--steps", "1", "--out", "again"])
+    assert_bit_equal(again, out)  # whether the first stage was trained just before makes no difference
 
 
 # Sampling
@@ -428,8 +430,8 @@ def test_two_processes_compute_what_one_does(pictures, first_stage, tmp_path):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [sys.executable, *torchrun, str(ROOT / stage)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*command, *flags("two"), "--steps", "8"], capture_output=True, text=True, cwd=tmp_path,
-                              env=environment)
+        command += [*flags("two"), "--steps", "8"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("step 8/8") == 1  # only one process talks
         two = torch.load(tmp_path / f"{stage}-two" / "checkpoint.pt", weights_only=True)["model"]
