@@ -287,6 +287,9 @@ def code_cache(directory: Path, dataset, views: int, seed: int, first_stage: str
             print(f"encoding {views * len(dataset):,} pictures into {path}", flush=True)
             directory.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(part, "w+", np.uint16, (views, len(dataset), *grid)).flush()
+            if hasattr(os, "posix_fallocate"):  # a full disk: an error here, not a crash later
+                with part.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
         wait_for_all(world)
         codes = np.lib.format.open_memmap(part, "r+")  # (views, N, h, w)
         for view in range(views):

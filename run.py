@@ -146,18 +146,19 @@ def start(device: str, seed: int) -> Process:
     """Choose the device ("auto": a GPU if any), join torchrun's other processes, seed. Raises ValueError."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device is {device!r}, which torch cannot use here ({str(error).splitlines()[0]}); "
                          "try --device cpu") from None
     device = torch.device(device)
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(seed)
     return Process(device, rank, world)
 
@@ -218,7 +219,7 @@ def command_line(main: Callable[[], None]):
 
 def save_checkpoint(path: Path, checkpoint: dict):
     """Write a dict of plain values and tensors; a crash or full disk leaves the old file. Raises OSError."""
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")
     provenance = {"command": " ".join(sys.argv), "torch": str(torch.__version__),
                   "python": platform.python_version(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:

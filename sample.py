@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None):
     generator = torch.Generator(device).manual_seed(config.seed)
 
     pictures = Path(config.out)
-    one_file = pictures.suffix.lower() in Image.registered_extensions()
+    one_file = pictures.suffix.lower() == ".png"
     grid, first = [], None
     for start in range(0, config.count, config.batch_size):
         count = min(config.batch_size, config.count - start)
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None):
         images = vq.decode(codes)  # (B, C, H, W)
         first = images[:16] if first is None else first
         if one_file:
-            grid.append(images)
+            grid.append(images.cpu())
         else:
             for i, pixels in enumerate(run.to_pixels(images), start):
                 run.save_picture(Image.fromarray(pixels.squeeze()), pictures / f"{i:06d}.png")

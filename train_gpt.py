@@ -3,7 +3,7 @@
     python train_gpt.py --order spiral                        the drawn scenes, about 4 minutes on 2 CPU cores
     python train_gpt.py --preset cifar10 --data-dir data      CIFAR-10 as in §2
     python train_gpt.py --data folder --data-dir my_pictures  your own pictures
-    torchrun --nproc-per-node 8 train_gpt.py --preset paper   several GPUs
+    torchrun --nproc-per-node 4 train_gpt.py --preset paper   several GPUs
 
 Trains the first stage before if there is none. Leaves checkpoint.pt, log.jsonl and pictures (samples) in
 --out. Ctrl-C saves; --resume goes on.
@@ -39,8 +39,8 @@ class TrainConfig:
     data: str = "folder"  # scenes (drawn, no files), cifar10, or folder (any folder of pictures)
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
     workers: int = -1  # processes that prepare pictures for the encoder; -1: as many as help
-    vq: str = ""  # first stage's checkpoint, trained if need be; empty: runs/vq-PRESET-DATA/checkpoint.pt
-    views: int = 1  # cached versions of each training picture: plain, the rest cropped and flipped at random
+    vq: str = ""  # first stage's checkpoint; empty: runs/vq-PRESET-DATA/checkpoint.pt, trained if need be
+    views: int = 1  # cached versions of each training picture: plain, then cropped or flipped as in training
     codes_dir: str = "runs/codes"  # folder of the code cache, which all runs share
 
     order: str = "row"  # row, spiral, zcurve, subsample or alternate: how the grid is unrolled, §3, Fig. 2
@@ -66,7 +66,7 @@ class TrainConfig:
     checkpoint_every: int = 5000  # steps between two checkpoints
 
     KIND = "gpt"
-    CHANGEABLE = ("out", "resume", "device", "workers", "codes_dir", "steps", "temperature", "top_k",
+    CHANGEABLE = ("out", "resume", "device", "workers", "codes_dir", "steps", "lr", "temperature", "top_k",
                   "log_every", "eval_every", "checkpoint_every")
 
     def __post_init__(self):
@@ -117,9 +117,10 @@ def main(argv: list[str] | None = None) -> Path:
     first_stage = open_first_stage(config, checkpoint, process)
     vq = VQ(VQConfig(**first_stage["model_config"])).to(device)
     vq.load_state_dict(first_stage["model"])
+    side = first_stage["config"]["image_size"] // vq.config.downsampling
+    p = ORDERINGS[config.order](side, side)  # (T,)
     codes, validation_codes = encode_pictures(config, vq, first_stage, process)  # (N, h, w) each
     K, (h, w) = vq.config.codebook_size, codes.shape[1:]
-    p = ORDERINGS[config.order](h, w)  # (T,)
     unigram = entropy(torch.from_numpy(np.bincount(validation_codes.flatten(), minlength=K)))
     config.folder.mkdir(parents=True, exist_ok=True)
 

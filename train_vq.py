@@ -3,7 +3,7 @@
     python train_vq.py                                        the drawn scenes, about 2 minutes on 2 CPU cores
     python train_vq.py --preset cifar10 --data-dir data       CIFAR-10 as in §2
     python train_vq.py --data folder --data-dir my_pictures   your own pictures
-    torchrun --nproc-per-node 8 train_vq.py --preset paper    several GPUs
+    torchrun --nproc-per-node 4 train_vq.py --preset paper    several GPUs
 
 Leaves checkpoint.pt, log.jsonl and pictures (inputs above reconstructions) in --out. Ctrl-C saves; --resume
 goes on.
@@ -59,7 +59,7 @@ class TrainConfig:
     checkpoint_every: int = 5000  # steps between two checkpoints
 
     KIND = "vq"
-    CHANGEABLE = ("out", "resume", "device", "workers", "steps", "log_every", "eval_every",
+    CHANGEABLE = ("out", "resume", "device", "workers", "steps", "lr", "log_every", "eval_every",
                   "checkpoint_every")
 
     def __post_init__(self):
@@ -110,12 +110,12 @@ def main(argv: list[str] | None = None) -> Path:
     device, rank, world = process
     run.check_shared_evenly(config.batch_size, world)
     path = config.folder / "checkpoint.pt"
-    config.folder.mkdir(parents=True, exist_ok=True)
 
     training, validation = (
         data.open_dataset(config.data, config.data_dir, split, config.image_size, config.flip, config.upscale)
         for split in ("train", "val"))
     workers = data.worker_count(config.workers, config.data)
+    config.folder.mkdir(parents=True, exist_ok=True)
 
     vq = VQ(config.model).to(device)
     model = DistributedDataParallel(vq) if world > 1 else vq
@@ -200,6 +200,8 @@ def initialize_codebook(vq: VQ, training, config: TrainConfig, process: run.Proc
     images = data.load(training, order, process.device, workers=0)
     with torch.no_grad():
         vq.quantizer.initialize(torch.cat([as_vectors(vq.latents(batch)) for batch in images]))  # (N, D)
+    if process.world > 1:  # sums on a GPU differ in the last bit from process to process
+        torch.distributed.broadcast(vq.quantizer.codebook.data, src=0)
 
 
 def restart_dead_codes(vq: VQ, optimizer: torch.optim.Optimizer, uses: Tensor, images: Tensor,
