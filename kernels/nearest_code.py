@@ -6,12 +6,24 @@
 subtracted from both sides first: distances do not change, but an offset no longer eats the digits that tell
 two codes apart.
 
+The plain form multiplies two matrices, writes the (N, K) scores to memory and reads them again for the argmin:
+8·N·K bytes beside the 4·N·D of the input, eight times as many at K = 1,024, D = 256. The kernel walks over the
+codebook tile by tile, keeps for each of its vectors only the best score so far and the code that had it, and
+writes 8·N bytes. It is bound by arithmetic: 2·N·K·D flops, thrice on the tensor cores for 3xTF32.
+
+    python -m kernels.nearest_code        checks the kernel and prints a table (without a GPU: of the reference)
+
+Limits: float32, float16 or bfloat16, all compared in float32; any N, D, K < 2³¹, strides and offset.
 Symbols: N vectors, K codes, D code width.
 """
 import torch
 from torch import Tensor
 
-ROWS = 65536  # vectors compared at a time: bounds the (rows, K) score matrix to 256 MiB for 1,024 codes
+from kernels.backend import float32_precision, multiprocessors, peaks, seconds, tl, triton
+
+ROWS = 65536  # vectors the reference compares at a time: bounds its (rows, K) scores to 256 MiB at K = 1,024
+FEW = dict(BLOCK_N=64, BLOCK_K=64, BLOCK_D=32, num_warps=4, num_stages=3)
+MANY = dict(BLOCK_N=128, BLOCK_K=128, BLOCK_D=32, num_warps=8, num_stages=3)  # reads the codebook half as often
 
 
 def nearest_code_reference(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -20,9 +32,7 @@ def nearest_code_reference(vectors: Tensor, codebook: Tensor) -> Tensor:
     Computes in float32, or in float64 if an input is. Ties go to the lowest index.
     Raises ValueError for other shapes.
     """
-    if vectors.ndim != 2 or codebook.ndim != 2 or vectors.shape[1] != codebook.shape[1] or len(codebook) == 0:
-        raise ValueError(f"nearest_code needs vectors (N, D) and a codebook (K, D) with K ≥ 1, "
-                         f"not {tuple(vectors.shape)} and {tuple(codebook.shape)}")
+    check_shapes(vectors, codebook)
     dtype = torch.promote_types(torch.promote_types(vectors.dtype, codebook.dtype), torch.float32)
     offset = common_offset(codebook.to(dtype))  # (D,)
     centred = codebook.to(dtype) - offset  # (K, D)
@@ -37,16 +47,138 @@ def nearest_code_reference(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def common_offset(codebook: Tensor) -> Tensor:
-    """The mean of a codebook (K, D), rounded to a power of two near the codes' largest distance to it: (D,).
+    """The mean of a codebook (K, D), rounded: (D,).
 
-    So coarse an offset subtracts without rounding, and codes that were equally near stay so.
+    To a multiple of the power of two above the codes' largest distance to it, dimension by dimension. So
+    coarse an offset subtracts without rounding, and codes that were equally near stay so.
     """
-    mean = codebook.mean(0)  # (D,)
     limits = torch.finfo(codebook.dtype)
-    spread = torch.maximum((codebook - mean).abs().max(), mean.abs().max() * limits.eps)
-    spread = spread.clamp(min=limits.tiny)
-    step = torch.exp2(spread.log2().ceil())
-    return (mean / step).round() * step
+    mean = codebook.mean(0)  # (D,)
+    spread = torch.maximum(codebook.amax(0) - mean, mean - codebook.amin(0))  # (D,)
+    spread = torch.maximum(spread, mean.abs() * limits.eps).clamp(min=limits.tiny)
+    step = torch.ldexp(torch.ones_like(spread), torch.frexp(spread).exponent)  # (D,)
+    offset = (mean / step + 0.5).floor() * step
+    return torch.where(offset.isfinite(), offset, 0)
+
+
+def check_shapes(vectors: Tensor, codebook: Tensor):
+    if vectors.ndim != 2 or codebook.ndim != 2 or vectors.shape[1] != codebook.shape[1] or len(codebook) == 0:
+        raise ValueError(f"nearest_code needs vectors (N, D) and a codebook (K, D) with K ≥ 1, "
+                         f"not {tuple(vectors.shape)} and {tuple(codebook.shape)}")
+
+
+@triton.jit
+def common_offset_kernel(
+    codebook_ptr,  # (K, D)
+    offset_ptr,  # (D,) float32, written
+    K, D,
+    code_stride, width_stride,  # of the codebook, in elements
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # dimensions per program
+):
+    """`common_offset` in one pass over the codebook."""
+    dims = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    low = tl.full((BLOCK_D,), float("inf"), tl.float32)
+    high = tl.full((BLOCK_D,), float("-inf"), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        codes = start + tl.arange(0, BLOCK_K)
+        inside = (codes[:, None] < K) & (dims[None, :] < D)  # (BLOCK_K, BLOCK_D)
+        where = codes[:, None].to(tl.int64) * code_stride + dims[None, :].to(tl.int64) * width_stride
+        c = tl.load(codebook_ptr + where, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(c, 0)
+        low = tl.minimum(low, tl.min(tl.where(inside, c, float("inf")), 0))
+        high = tl.maximum(high, tl.max(tl.where(inside, c, float("-inf")), 0))
+    mean = total / K
+    spread = tl.maximum(high - mean, mean - low)
+    spread = tl.maximum(tl.maximum(spread, tl.abs(mean) * 1.1920929e-07), 1.1754944e-38)  # eps and tiny of float32
+    # The exponent's bits alone, plus one: the power of two above the spread.
+    step = ((spread.to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000).to(tl.float32, bitcast=True)
+    offset = tl.floor(mean / step + 0.5) * step
+    offset = tl.where(tl.abs(offset) < float("inf"), offset, 0.0)  # NaN too
+    tl.store(offset_ptr + dims, offset, mask=dims < D)
+
+
+@triton.jit
+def nearest_code_kernel(
+    vectors_ptr,  # (N, D)
+    codebook_ptr,  # (K, D)
+    offset_ptr,  # (D,) float32, subtracted from both
+    result_ptr,  # (N,) int64: the indices; or, if SPLIT, score and index as one number to be minimized
+    N, K, D,
+    vector_stride, vector_width_stride, code_stride, code_width_stride,  # in elements
+    codes_per_program,  # a multiple of BLOCK_K
+    BLOCK_N: tl.constexpr,  # vectors per program
+    BLOCK_K: tl.constexpr,  # codes compared at a time
+    BLOCK_D: tl.constexpr,  # dimensions multiplied at a time
+    PRECISION: tl.constexpr,  # of the products: "tf32x3" or "ieee"
+    SPLIT: tl.constexpr,  # other programs look at other codes for the same vectors
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * codes_per_program
+    last = tl.minimum(first + codes_per_program, K)
+    best_score = tl.full((BLOCK_N,), float("inf"), tl.float32)
+    best_code = tl.zeros((BLOCK_N,), tl.int32)
+    for start in range(first, last, BLOCK_K):
+        codes = start + tl.arange(0, BLOCK_K)
+        products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)  # x·c
+        norms = tl.zeros((BLOCK_K,), tl.float32)  # |c|²
+        for start_d in range(0, D, BLOCK_D):
+            dims = start_d + tl.arange(0, BLOCK_D)
+            offset = tl.load(offset_ptr + dims, mask=dims < D, other=0.0)[None, :]
+            x = tl.load(vectors_ptr + rows[:, None] * vector_stride + dims[None, :].to(tl.int64) * vector_width_stride,
+                        mask=(rows[:, None] < N) & (dims[None, :] < D), other=0.0)  # (BLOCK_N, BLOCK_D)
+            c = tl.load(codebook_ptr + codes[:, None].to(tl.int64) * code_stride
+                        + dims[None, :].to(tl.int64) * code_width_stride,
+                        mask=(codes[:, None] < K) & (dims[None, :] < D), other=0.0)  # (BLOCK_K, BLOCK_D)
+            x = x.to(tl.float32) - offset
+            c = c.to(tl.float32) - offset
+            products = tl.dot(x, tl.trans(c), products, input_precision=PRECISION)
+            norms += tl.sum(c * c, 1)
+        scores = norms[None, :] - 2 * products  # (BLOCK_N, BLOCK_K)
+        real = (codes[None, :] < K) & (scores == scores)  # neither padding nor NaN
+        scores = tl.where(real, scores, float("inf"))
+        score, column = tl.min(scores, 1, return_indices=True, return_indices_tie_break_left=True)
+        better = score < best_score  # not ≤: of equal scores the first stays
+        best_score = tl.where(better, score, best_score)
+        best_code = tl.where(better, start + column, best_code)
+    if SPLIT:
+        # A float's bits, read as an integer, order positive floats; flipping all but the sign orders the rest.
+        bits = best_score.to(tl.int32, bitcast=True)
+        bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        key = (bits.to(tl.int64) << 32) | best_code.to(tl.int64)  # of equal scores the lowest index is least
+        tl.atomic_min(result_ptr + rows, key, mask=rows < N)
+    else:
+        tl.store(result_ptr + rows, best_code.to(tl.int64), mask=rows < N)
+
+
+def nearest_code_triton(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """The kernel, on whatever device the tensors are: vectors (N, D), codebook (K, D) → (N,) int64 in [0, K).
+
+    Ties go to the lowest index; the same bits every time. A code whose squared norm overflows is never nearest.
+    Raises ValueError for other shapes, dtypes other than float32, float16 and bfloat16, or two devices.
+    """
+    check_shapes(vectors, codebook)
+    for tensor in (vectors, codebook):
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16) or tensor.device != vectors.device:
+            raise ValueError("the nearest_code kernel takes float32, float16 or bfloat16 on one device, not "
+                             f"{vectors.dtype} on {vectors.device} and {codebook.dtype} on {codebook.device}")
+    (N, D), K, device = vectors.shape, len(codebook), vectors.device
+    if N == 0:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    enough = 2 * multiprocessors(device)  # programs, to keep the GPU busy
+    tiles = MANY if triton.cdiv(N, MANY["BLOCK_N"]) >= enough else FEW
+    row_blocks, code_blocks = triton.cdiv(N, tiles["BLOCK_N"]), triton.cdiv(K, tiles["BLOCK_K"])
+    blocks_per_program = triton.cdiv(code_blocks, triton.cdiv(enough, row_blocks))
+    splits = triton.cdiv(code_blocks, blocks_per_program)  # programs that share the codes of one row block
+    offset = torch.empty(D, dtype=torch.float32, device=device)
+    result = torch.full((N,), torch.iinfo(torch.int64).max, dtype=torch.int64, device=device)
+    with torch.cuda.device_of(vectors):
+        common_offset_kernel[(triton.cdiv(D, 16),)](codebook, offset, K, D, *codebook.stride(), BLOCK_K=128, BLOCK_D=16)
+        nearest_code_kernel[(row_blocks, splits)](
+            vectors, codebook, offset, result, N, K, D, *vectors.stride(), *codebook.stride(),
+            blocks_per_program * tiles["BLOCK_K"], **tiles, PRECISION=float32_precision(device), SPLIT=splits > 1)
+    return result & 0xFFFFFFFF if splits > 1 else result
 
 
 def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -54,4 +186,5 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
 
     Ties go to the lowest index. Not differentiable.
     """
-    return nearest_code_reference(vectors.detach(), codebook.detach())
+    search = nearest_code_triton if vectors.is_cuda else nearest_code_reference
+    return search(vectors.detach(), codebook.detach())
