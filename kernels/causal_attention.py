@@ -276,10 +276,12 @@ def key_value_gradient_kernel(
 
 
 def tiles(dtype: torch.dtype, width: int) -> dict[str, int]:
-    """Tile shape and schedule: what fits registers and shared memory (the tests compile every kind)."""
+    """Tile shape and schedule: what fits registers and shared memory (tests compile every kind)."""
     if dtype == torch.float32:
-        return dict(BLOCK_Q=32, BLOCK_K=32, num_warps=4 if width <= 64 else 8, num_stages=2)
-    return dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4 if width <= 64 else 8, num_stages=3 if width <= 64 else 2)
+        return dict(BLOCK_Q=32 if width <= 64 else 16, BLOCK_K=16, num_warps=4, num_stages=2)
+    if width <= 64:
+        return dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=3)
+    return dict(BLOCK_Q=64, BLOCK_K=32, num_warps=8, num_stages=2)
 
 
 def launch(kernel, per: str, *tensors: Tensor):
