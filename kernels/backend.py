@@ -1,8 +1,6 @@
 """What the kernel files share: Triton where the system has it, the GPU's size, the timing of their tables."""
-import statistics
-import time
-
 import torch
+from torch.utils.benchmark import Timer
 
 try:
     import triton
@@ -15,12 +13,11 @@ except ImportError:  # macOS, Windows: the kernels stay plain functions that not
         constexpr = int
 
 MULTIPROCESSORS = 132  # of an H100 or H200; what the interpreter pretends to have
-# Of one GPU: TFLOP/s of dense TF32, TFLOP/s of dense 16-bit floats, TB/s of memory (NVIDIA's data sheets).
-PEAKS = {"H200": (494.7, 989.4, 4.8), "H100": (494.7, 989.4, 3.35), "A100": (156.0, 312.0, 2.04)}
+# TFLOP/s of TF32 and of 16-bit floats, TB/s of memory: 80 %, 80 % and 90 % of what the data sheets say.
+ATTAINABLE = {"H200": (395, 790, 4.3), "H100": (395, 790, 3.0)}
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at once, at one a multiprocessor."""
     if device.type != "cuda":
         return MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -33,20 +30,39 @@ def float32_precision(device: torch.device) -> str:
     return "tf32x3"
 
 
-def peaks() -> tuple[float, float, float] | None:
-    """This GPU's row of `PEAKS`; None if it is not listed."""
-    name = torch.cuda.get_device_name()
-    return next((PEAKS[key] for key in PEAKS if key in name), None)
+def compare(title: str, forms: dict, flops: float, bytes_moved: float, tensor_cores: str):
+    """Time several functions that do the same and print a line each; `tensor_cores` is "tf32x3" or "16 bit".
+
+    On a GPU: medians with a cold cache (triton's timer), rates, how much of the time the GPU would need at the
+    attainable rate of its arithmetic or its memory, and the memory taken. Without one: ratios to the fastest.
+    """
+    medians, taken = {}, {}
+    for name, function in forms.items():
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            medians[name] = triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median") / 1e3
+            taken[name] = torch.cuda.max_memory_allocated() - before
+        else:
+            medians[name] = Timer("function()", globals={"function": function}).blocked_autorange().median
+    fastest = min(medians.values())
+    for name, time in medians.items():
+        line = f"{title:42} {name:28} {time / fastest:6.2f}×"
+        if torch.cuda.is_available():
+            line += f" {1e6 * time:10.1f} µs {flops / time / 1e12:7.1f} TFLOP/s {bytes_moved / time / 1e9:7.0f} GB/s"
+            for rates in (ATTAINABLE[gpu] for gpu in ATTAINABLE if gpu in torch.cuda.get_device_name()):
+                arithmetic = rates[0] / 3 if tensor_cores == "tf32x3" else rates[1]
+                floor = max(flops / arithmetic, bytes_moved / rates[2]) / 1e12
+                line += f" {100 * floor / time:4.0f} % of the floor"
+            line += f" {taken[name] / 2 ** 20:8.1f} MiB"
+        print(line, flush=True)
 
 
-def seconds(function) -> float:
-    """Median time of a call: on a GPU triton's timer (with a cold L2 cache), else a stop-watch over 5 calls."""
+def describe_device() -> torch.device:
+    """The device of a table, named in its first line."""
     if torch.cuda.is_available():
-        return triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median") / 1e3
-    function()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+        return torch.device("cuda")
+    print(f"No GPU here: the references in plain torch {torch.__version__}, on {torch.get_num_threads()} CPU "
+          "threads. Ratios to the fastest:")
+    return torch.device("cpu")

@@ -4,19 +4,19 @@
 
 With fewer queries than keys the queries are the last positions: that is how a key/value cache is read.
 
-The plain form writes the (Tq, T) scores and weights of every head to memory and reads them back, 12 bytes an
-entry in bfloat16 with its float32 softmax: at T = 512, d = 64 that is twelve times what q, k, v and the output
-take. Flash attention (Dao et al., 2022) never stores them. A program holds one block of queries, walks over the
-keys tile by tile and keeps per query the largest score so far m, the sum l = Σ exp(s − m) and the output so far;
-when a tile brings a larger score m', what was summed before is multiplied by exp(m − m').
+The plain form writes the (Tq, T) scores and weights of every head to memory and reads them back several times:
+with T = 512 and d = 64 each of these matrices has twice as many entries as q, k, v and the output together.
+Flash attention (Dao et al., 2022) never stores them. A program holds one block of queries, walks over the keys
+tile by tile and keeps per query the largest score so far m, the sum l = Σ exp(s − m) and the output so far; when
+a tile brings a larger score m', what was summed before is multiplied by exp(m − m').
 
 Backward, from the output's gradient dO and with P recomputed from the saved log-sum-exp L_i = m_i + log l_i:
 
     p_ij = exp(s_ij − L_i)    dV_j = Σ_i p_ij dO_i    dP_ij = dO_i·v_j    δ_i = dO_i·output_i
     dS_ij = p_ij (dP_ij − δ_i)    dQ_i = Σ_j dS_ij k_j / √d    dK_j = Σ_i dS_ij q_i / √d
 
-dQ sums over keys, dK and dV over queries: two kernels, each with its sum inside one program. So no two programs
-add to one address, and the gradient is the same to the last bit every time.
+dQ sums over keys, dK and dV over queries: two kernels, each with its sum inside one program. So no two
+programs add to one address, and the gradient is the same to the last bit every time.
 
 The kernels work with powers of two, exp(x) = 2^(x·log₂e), because that is what a GPU computes.
 
@@ -26,11 +26,13 @@ Limits: float32 (IEEE), float16 or bfloat16; d from 1 to 128, fastest at 16, 32,
 Symbols: B batch, Tq queries, T keys, d head_dim.
 """
 import math
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import tl, triton
+from kernels.backend import compare, describe_device, tl, triton
 
 
 
@@ -81,32 +83,6 @@ def store_rows(x, ptr, strides, head, heads, rows, length, WIDTH: tl.constexpr, 
 
 
 @triton.jit
-def attend(
-    output, largest, total,  # so far: (BLOCK_Q, BLOCK_D) not normalized, m (BLOCK_Q,), l (BLOCK_Q,)
-    q, positions,  # (BLOCK_Q, BLOCK_D), (BLOCK_Q,): where in the sequence the queries are
-    key_ptr, key_strides, value_ptr, value_strides, head, heads, T, scale,  # as in `forward_kernel`
-    first, last,  # keys to look at
-    MASKED: tl.constexpr,  # some of them come after some of the queries
-    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    """Let one block of queries look at keys first … last − 1."""
-    for start in range(first, last, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
-        k = load_rows(key_ptr, key_strides, head, heads, columns, T, WIDTH, BLOCK_D)  # (BLOCK_K, BLOCK_D)
-        v = load_rows(value_ptr, value_strides, head, heads, columns, T, WIDTH, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_Q, BLOCK_K)
-        if MASKED:
-            scores = tl.where(columns[None, :] <= positions[:, None], scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, 1))
-        rescale = tl.exp2(largest - new_largest)
-        weights = tl.exp2(scores - new_largest[:, None])
-        total = total * rescale + tl.sum(weights, 1)
-        output = tl.dot(weights.to(v.dtype), v, output * rescale[:, None], input_precision="ieee")
-        largest = new_largest
-    return output, largest, total
-
-
-@triton.jit
 def forward_kernel(
     query_ptr, query_strides,  # (B, heads, Tq, d); strides of the first three axes, in elements
     key_ptr, key_strides, value_ptr, value_strides,  # (B, heads, T, d)
@@ -124,48 +100,36 @@ def forward_kernel(
     head = tl.program_id(0) // blocks
     block = blocks - 1 - tl.program_id(0) % blocks  # the last block sees the most keys: it starts first
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    first_position = block * BLOCK_Q + T - Tq
+    position = block * BLOCK_Q + T - Tq  # of the first of these queries in the sequence
     q = load_rows(query_ptr, query_strides, head, heads, rows, Tq, WIDTH, BLOCK_D)  # (BLOCK_Q, BLOCK_D)
 
-    output = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_Q,), tl.float32)
-    seen_by_all = (first_position + 1) // BLOCK_K * BLOCK_K  # no mask needed up to here
-    seen_by_any = tl.minimum(first_position + BLOCK_Q, T)
-    output, largest, total = attend(
-        output, largest, total, q, rows + T - Tq, key_ptr, key_strides, value_ptr, value_strides, head, heads,
-        T, scale, 0, seen_by_all, False, WIDTH, BLOCK_D, BLOCK_K)
-    output, largest, total = attend(
-        output, largest, total, q, rows + T - Tq, key_ptr, key_strides, value_ptr, value_strides, head, heads,
-        T, scale, seen_by_all, seen_by_any, True, WIDTH, BLOCK_D, BLOCK_K)
+    output = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)  # not yet divided by l
+    largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)  # m
+    total = tl.zeros((BLOCK_Q,), tl.float32)  # l
+    seen_by_all = (position + 1) // BLOCK_K * BLOCK_K
+    seen_by_any = tl.minimum(position + BLOCK_Q, T)
+    for masked in tl.static_range(2):  # first the keys that all these queries see, then those that some see
+        for start in range(seen_by_all if masked else 0, seen_by_any if masked else seen_by_all, BLOCK_K):
+            columns = start + tl.arange(0, BLOCK_K)
+            k = load_rows(key_ptr, key_strides, head, heads, columns, T, WIDTH, BLOCK_D)  # (BLOCK_K, BLOCK_D)
+            v = load_rows(value_ptr, value_strides, head, heads, columns, T, WIDTH, BLOCK_D)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_Q, BLOCK_K)
+            if masked:
+                scores = tl.where(columns[None, :] <= rows[:, None] + T - Tq, scores, float("-inf"))
+            new_largest = tl.maximum(largest, tl.max(scores, 1))
+            rescale = tl.exp2(largest - new_largest)
+            weights = tl.exp2(scores - new_largest[:, None])
+            total = total * rescale + tl.sum(weights, 1)
+            output = tl.dot(weights.to(v.dtype), v, output * rescale[:, None], input_precision="ieee")
+            largest = new_largest
 
-    store_rows(output / total[:, None], output_ptr, output_strides, head, heads, rows, Tq, WIDTH, BLOCK_D)
-    tl.store(logsumexp_ptr + head.to(tl.int64) * Tq + rows, largest + tl.log2(total), mask=rows < Tq)
+    output = output / total[:, None]
+    store_rows(output, output_ptr, output_strides, head, heads, rows, Tq, WIDTH, BLOCK_D)
+    saved = head.to(tl.int64) * Tq + rows
+    tl.store(logsumexp_ptr + saved, largest + tl.log2(total), mask=rows < Tq)
 
 
 # ---- backward
-
-
-@triton.jit
-def add_to_query_gradient(
-    q_gradient,  # (BLOCK_Q, BLOCK_D), so far and without 1/√d
-    q, output_gradient, logsumexp, delta, positions,  # of one block of queries
-    key_ptr, key_strides, value_ptr, value_strides, head, heads, T, scale, first, last,  # as in `attend`
-    MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    """Σ_j dS_ij k_j over keys first … last − 1."""
-    for start in range(first, last, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
-        k = load_rows(key_ptr, key_strides, head, heads, columns, T, WIDTH, BLOCK_D)  # (BLOCK_K, BLOCK_D)
-        v = load_rows(value_ptr, value_strides, head, heads, columns, T, WIDTH, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_Q, BLOCK_K)
-        if MASKED:
-            scores = tl.where(columns[None, :] <= positions[:, None], scores, float("-inf"))
-        weights = tl.exp2(scores - logsumexp[:, None])  # p, normalized by what forward has saved
-        weights_gradient = tl.dot(output_gradient, tl.trans(v), input_precision="ieee")
-        scores_gradient = weights * (weights_gradient - delta[:, None])
-        q_gradient = tl.dot(scores_gradient.to(k.dtype), k, q_gradient, input_precision="ieee")
-    return q_gradient
 
 
 @triton.jit
@@ -183,7 +147,7 @@ def query_gradient_kernel(
     head = tl.program_id(0) // blocks
     block = blocks - 1 - tl.program_id(0) % blocks
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    first_position = block * BLOCK_Q + T - Tq
+    position = block * BLOCK_Q + T - Tq
     q = load_rows(query_ptr, query_strides, head, heads, rows, Tq, WIDTH, BLOCK_D)  # (BLOCK_Q, BLOCK_D)
     output = load_rows(output_ptr, output_strides, head, heads, rows, Tq, WIDTH, BLOCK_D)
     output_gradient = load_rows(output_gradient_ptr, output_gradient_strides, head, heads, rows, Tq,
@@ -193,47 +157,24 @@ def query_gradient_kernel(
     delta = tl.sum(output.to(tl.float32) * output_gradient.to(tl.float32), 1)  # (BLOCK_Q,)
     tl.store(delta_ptr + saved, delta, mask=rows < Tq)
 
-    q_gradient = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    seen_by_all = (first_position + 1) // BLOCK_K * BLOCK_K
-    seen_by_any = tl.minimum(first_position + BLOCK_Q, T)
-    q_gradient = add_to_query_gradient(
-        q_gradient, q, output_gradient, logsumexp, delta, rows + T - Tq, key_ptr, key_strides, value_ptr,
-        value_strides, head, heads, T, scale, 0, seen_by_all, False, WIDTH, BLOCK_D, BLOCK_K)
-    q_gradient = add_to_query_gradient(
-        q_gradient, q, output_gradient, logsumexp, delta, rows + T - Tq, key_ptr, key_strides, value_ptr,
-        value_strides, head, heads, T, scale, seen_by_all, seen_by_any, True, WIDTH, BLOCK_D, BLOCK_K)
+    q_gradient = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)  # not yet divided by √d
+    seen_by_all = (position + 1) // BLOCK_K * BLOCK_K
+    seen_by_any = tl.minimum(position + BLOCK_Q, T)
+    for masked in tl.static_range(2):
+        for start in range(seen_by_all if masked else 0, seen_by_any if masked else seen_by_all, BLOCK_K):
+            columns = start + tl.arange(0, BLOCK_K)
+            k = load_rows(key_ptr, key_strides, head, heads, columns, T, WIDTH, BLOCK_D)  # (BLOCK_K, BLOCK_D)
+            v = load_rows(value_ptr, value_strides, head, heads, columns, T, WIDTH, BLOCK_D)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_Q, BLOCK_K)
+            if masked:
+                scores = tl.where(columns[None, :] <= rows[:, None] + T - Tq, scores, float("-inf"))
+            weights = tl.exp2(scores - logsumexp[:, None])  # p: L has the normalization in it
+            weights_gradient = tl.dot(output_gradient, tl.trans(v), input_precision="ieee")
+            scores_gradient = weights * (weights_gradient - delta[:, None])
+            q_gradient = tl.dot(scores_gradient.to(k.dtype), k, q_gradient, input_precision="ieee")
 
     q_gradient *= scale * 0.6931471805599453  # ln 2: scale is log₂e / √d, the gradient needs 1/√d
     store_rows(q_gradient, query_gradient_ptr, query_gradient_strides, head, heads, rows, Tq, WIDTH, BLOCK_D)
-
-
-@triton.jit
-def add_to_key_value_gradients(
-    k_gradient, v_gradient,  # (BLOCK_K, BLOCK_D), so far, and that of k without 1/√d
-    k, v, columns,  # one block of keys and values, and their positions
-    query_ptr, query_strides, output_gradient_ptr, output_gradient_strides, logsumexp_ptr, delta_ptr,
-    head, heads, Tq, T, scale,
-    first, last,  # queries that look at these keys
-    MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-):
-    """Σ_i dS_ij q_i and Σ_i p_ij dO_i over queries first … last − 1. Scores lie here keys by queries."""
-    for start in range(first, last, BLOCK_Q):
-        rows = start + tl.arange(0, BLOCK_Q)
-        q = load_rows(query_ptr, query_strides, head, heads, rows, Tq, WIDTH, BLOCK_D)  # (BLOCK_Q, BLOCK_D)
-        output_gradient = load_rows(output_gradient_ptr, output_gradient_strides, head, heads, rows, Tq,
-                                    WIDTH, BLOCK_D)
-        saved = head.to(tl.int64) * Tq + rows
-        logsumexp = tl.load(logsumexp_ptr + saved, mask=rows < Tq, other=0.0)  # (BLOCK_Q,)
-        delta = tl.load(delta_ptr + saved, mask=rows < Tq, other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # (BLOCK_K, BLOCK_Q)
-        if MASKED:
-            scores = tl.where(columns[:, None] <= rows[None, :] + T - Tq, scores, float("-inf"))
-        weights = tl.exp2(scores - logsumexp[None, :])  # where a row is beyond Tq, dO and δ are 0: it adds 0
-        v_gradient = tl.dot(weights.to(q.dtype), output_gradient, v_gradient, input_precision="ieee")
-        weights_gradient = tl.dot(v, tl.trans(output_gradient), input_precision="ieee")
-        scores_gradient = weights * (weights_gradient - delta[None, :])
-        k_gradient = tl.dot(scores_gradient.to(q.dtype), q, k_gradient, input_precision="ieee")
-    return k_gradient, v_gradient
 
 
 @triton.jit
@@ -245,7 +186,7 @@ def key_value_gradient_kernel(
     heads, Tq, T, scale,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """dK and dV of one block of keys: a walk over the queries that see it."""
+    """dK and dV of one block of keys: a walk over the queries that see it. Scores lie here keys by queries."""
     blocks = tl.cdiv(T, BLOCK_K)
     head = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks  # the first block is seen by the most queries
@@ -253,19 +194,29 @@ def key_value_gradient_kernel(
     k = load_rows(key_ptr, key_strides, head, heads, columns, T, WIDTH, BLOCK_D)  # (BLOCK_K, BLOCK_D)
     v = load_rows(value_ptr, value_strides, head, heads, columns, T, WIDTH, BLOCK_D)
 
-    k_gradient = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    k_gradient = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)  # not yet divided by √d
     v_gradient = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    first_row = block * BLOCK_K - (T - Tq)  # the query that sees the first key of the block, but not the next
+    first_row = block * BLOCK_K - (T - Tq)  # the first query that sees the first of these keys
     sees_one = tl.maximum(first_row, 0) // BLOCK_Q * BLOCK_Q
-    sees_all = tl.cdiv(tl.maximum(first_row + BLOCK_K - 1, 0), BLOCK_Q) * BLOCK_Q  # no mask needed from here
-    k_gradient, v_gradient = add_to_key_value_gradients(
-        k_gradient, v_gradient, k, v, columns, query_ptr, query_strides, output_gradient_ptr,
-        output_gradient_strides, logsumexp_ptr, delta_ptr, head, heads, Tq, T, scale,
-        sees_one, tl.minimum(sees_all, Tq), True, WIDTH, BLOCK_D, BLOCK_Q)
-    k_gradient, v_gradient = add_to_key_value_gradients(
-        k_gradient, v_gradient, k, v, columns, query_ptr, query_strides, output_gradient_ptr,
-        output_gradient_strides, logsumexp_ptr, delta_ptr, head, heads, Tq, T, scale,
-        sees_all, Tq, False, WIDTH, BLOCK_D, BLOCK_Q)
+    sees_all = tl.cdiv(tl.maximum(first_row + BLOCK_K - 1, 0), BLOCK_Q) * BLOCK_Q
+    for masked in tl.static_range(2):  # first the queries that see all of these keys, then those that see some
+        last = tl.minimum(sees_all, Tq) if masked else Tq
+        for start in range(sees_one if masked else sees_all, last, BLOCK_Q):
+            rows = start + tl.arange(0, BLOCK_Q)
+            q = load_rows(query_ptr, query_strides, head, heads, rows, Tq, WIDTH, BLOCK_D)
+            output_gradient = load_rows(output_gradient_ptr, output_gradient_strides, head, heads, rows, Tq,
+                                        WIDTH, BLOCK_D)
+            saved = head.to(tl.int64) * Tq + rows
+            logsumexp = tl.load(logsumexp_ptr + saved, mask=rows < Tq, other=0.0)  # (BLOCK_Q,)
+            delta = tl.load(delta_ptr + saved, mask=rows < Tq, other=0.0)
+            scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # (BLOCK_K, BLOCK_Q)
+            if masked:
+                scores = tl.where(columns[:, None] <= rows[None, :] + T - Tq, scores, float("-inf"))
+            weights = tl.exp2(scores - logsumexp[None, :])  # a row beyond Tq adds nothing: its dO and δ are 0
+            v_gradient = tl.dot(weights.to(q.dtype), output_gradient, v_gradient, input_precision="ieee")
+            weights_gradient = tl.dot(v, tl.trans(output_gradient), input_precision="ieee")
+            scores_gradient = weights * (weights_gradient - delta[None, :])
+            k_gradient = tl.dot(scores_gradient.to(q.dtype), q, k_gradient, input_precision="ieee")
 
     k_gradient *= scale * 0.6931471805599453  # ln 2, as above
     store_rows(k_gradient, key_gradient_ptr, key_gradient_strides, head, heads, columns, T, WIDTH, BLOCK_D)
@@ -295,8 +246,9 @@ def launch(kernel, per: str, *tensors: Tensor):
     for tensor in tensors:
         pointers += [tensor, tensor.stride()[:3]] if tensor.ndim == 4 else [tensor]
     with torch.cuda.device_of(query):
-        kernel[(B * heads * blocks,)](*pointers, heads, Tq, T, math.log2(math.e) / math.sqrt(width), WIDTH=width,
-                                      BLOCK_D=max(16, triton.next_power_of_2(width)), **tile)
+        kernel[(B * heads * blocks,)](
+            *pointers, heads, Tq, T, math.log2(math.e) / math.sqrt(width), WIDTH=width,
+            BLOCK_D=max(16, triton.next_power_of_2(width)), **tile)
 
 
 def empty_like_linear(x: Tensor) -> Tensor:
@@ -368,8 +320,9 @@ def causal_attention_triton(query: Tensor, key: Tensor, value: Tensor) -> Tensor
     same = all((x.dtype, x.device) == (query.dtype, query.device) for x in (key, value))
     if not same or query.dtype not in (torch.float32, torch.float16, torch.bfloat16) or query.shape[3] > 128:
         raise ValueError(
-            "the causal_attention kernels take float32, float16 or bfloat16, one dtype, on one device, of head_dim "
-            f"at most 128, not {', '.join(f'{tuple(x.shape)} {x.dtype} on {x.device}' for x in (query, key, value))}")
+            "the causal_attention kernels take float32, float16 or bfloat16, one dtype, on one device, with a "
+            f"head_dim of at most 128, not {tuple(query.shape)} of {query.dtype} on {query.device}, "
+            f"{key.dtype} on {key.device} and {value.dtype} on {value.device}")
     return forward_op(query, key, value)[0]
 
 
@@ -377,3 +330,38 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """query (B, heads, Tq, d), key and value (B, heads, T, d) → (B, heads, Tq, d); differentiable."""
     attend = causal_attention_triton if query.is_cuda else causal_attention_reference
     return attend(query, key, value)
+
+
+def main():
+    """Check the kernels against float64, then time them beside the plain form and torch's fused attention."""
+    device = describe_device()
+    dtype, B, heads, d = (torch.bfloat16, 32, 16, 64) if device.type == "cuda" else (torch.float32, 2, 4, 64)
+
+    def draw(T: int) -> Tensor:
+        return torch.randn(B, T, heads, d, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # one query sees all keys, as many as keys a triangle
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+
+    forms = {"causal_attention_reference": causal_attention_reference, "torch's fused attention": fused}
+    if device.type == "cuda":
+        forms["causal_attention_triton"] = causal_attention_triton
+    for Tq, T in ((256, 256), (341, 341), (512, 512), (1024, 1024), (1, 512)):
+        inputs, gradient = [draw(Tq), draw(T), draw(T)], draw(Tq).detach()
+        pairs = B * heads * (Tq * T - Tq * (Tq - 1) // 2)  # of a query and a key that it sees
+        moved = gradient.element_size() * B * heads * d * (2 * Tq + 2 * T)
+        name = f"({B}, {heads}, {Tq}, {d}), {T} keys"
+        with torch.no_grad():
+            exact = causal_attention_reference(*(x[:4].double() for x in inputs))
+            errors = {form: float((forms[form](*inputs)[:4] - exact).abs().max()) for form in forms}
+            assert max(errors.values()) <= 2 * errors["causal_attention_reference"] + 1e-5, errors
+            compare(f"{name}: forward", {form: partial(forms[form], *inputs) for form in forms},
+                    4 * d * pairs, moved, "16 bit")
+        if Tq > 1:
+            both = {form: lambda form=form: torch.autograd.grad(forms[form](*inputs), inputs, gradient)
+                    for form in forms}
+            compare(f"{name}: and backward", both, 14 * d * pairs, 3 * moved, "16 bit")
+
+
+if __name__ == "__main__":
+    main()

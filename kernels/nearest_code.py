@@ -6,12 +6,13 @@
 subtracted from both sides first: distances do not change, but an offset no longer eats the digits that tell
 two codes apart.
 
-The plain form multiplies two matrices, writes the (N, K) scores to memory and reads them again for the argmin:
-8·N·K bytes beside the 4·N·D of the input, eight times as many at K = 1,024, D = 256. The kernel walks over the
-codebook tile by tile, keeps for each of its vectors only the best score so far and the code that had it, and
-writes 8·N bytes. It is bound by arithmetic: 2·N·K·D flops, thrice on the tensor cores for 3xTF32.
+The plain form multiplies two matrices, writes the (N, K) scores to memory and reads them again for the
+argmin: 8·N·K bytes beside the 4·N·D of the input, eight times as many at K = 1,024 and D = 256. The kernel walks
+over the codebook tile by tile, keeps for each of its vectors only the best score so far and the code that had
+it, and writes 8·N bytes. It is bound by arithmetic: 2·N·K·D flops, thrice that on the tensor cores for 3xTF32.
+When there are few vectors, several programs share the codes for the same ones, and an atomic minimum joins them.
 
-    python -m kernels.nearest_code        checks the kernel and prints a table (without a GPU: of the reference)
+    python -m kernels.nearest_code    checks the kernel and prints a table (without a GPU: of the reference)
 
 Limits: float32, float16 or bfloat16, all compared in float32; any N, D, K < 2³¹, strides and offset.
 Symbols: N vectors, K codes, D code width.
@@ -19,7 +20,7 @@ Symbols: N vectors, K codes, D code width.
 import torch
 from torch import Tensor
 
-from kernels.backend import float32_precision, multiprocessors, peaks, seconds, tl, triton
+from kernels.backend import compare, describe_device, float32_precision, multiprocessors, tl, triton
 
 ROWS = 65536  # vectors the reference compares at a time: bounds its (rows, K) scores to 256 MiB at K = 1,024
 FEW = dict(BLOCK_N=64, BLOCK_K=64, BLOCK_D=32, num_warps=4, num_stages=3)
@@ -68,11 +69,17 @@ def check_shapes(vectors: Tensor, codebook: Tensor):
 
 
 @triton.jit
+def load_tile(ptr, strides, rows, columns, height, width):
+    """rows (R,), columns (C,) of a (height, width) matrix → (R, C), with zeros beyond its ends."""
+    where = rows[:, None].to(tl.int64) * strides[0] + columns[None, :].to(tl.int64) * strides[1]
+    return tl.load(ptr + where, mask=(rows[:, None] < height) & (columns[None, :] < width), other=0.0)
+
+
+@triton.jit
 def common_offset_kernel(
-    codebook_ptr,  # (K, D)
+    codebook_ptr, codebook_strides,  # (K, D); strides in elements
     offset_ptr,  # (D,) float32, written
     K, D,
-    code_stride, width_stride,  # of the codebook, in elements
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,  # dimensions per program
 ):
@@ -84,14 +91,14 @@ def common_offset_kernel(
     for start in range(0, K, BLOCK_K):
         codes = start + tl.arange(0, BLOCK_K)
         inside = (codes[:, None] < K) & (dims[None, :] < D)  # (BLOCK_K, BLOCK_D)
-        where = codes[:, None].to(tl.int64) * code_stride + dims[None, :].to(tl.int64) * width_stride
-        c = tl.load(codebook_ptr + where, mask=inside, other=0.0).to(tl.float32)
+        c = load_tile(codebook_ptr, codebook_strides, codes, dims, K, D).to(tl.float32)
         total += tl.sum(c, 0)
         low = tl.minimum(low, tl.min(tl.where(inside, c, float("inf")), 0))
         high = tl.maximum(high, tl.max(tl.where(inside, c, float("-inf")), 0))
     mean = total / K
     spread = tl.maximum(high - mean, mean - low)
-    spread = tl.maximum(tl.maximum(spread, tl.abs(mean) * 1.1920929e-07), 1.1754944e-38)  # eps and tiny of float32
+    spread = tl.maximum(spread, tl.abs(mean) * 1.1920929e-07)  # eps of float32
+    spread = tl.maximum(spread, 1.1754944e-38)  # its smallest normal number
     # The exponent's bits alone, plus one: the power of two above the spread.
     step = ((spread.to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000).to(tl.float32, bitcast=True)
     offset = tl.floor(mean / step + 0.5) * step
@@ -101,12 +108,11 @@ def common_offset_kernel(
 
 @triton.jit
 def nearest_code_kernel(
-    vectors_ptr,  # (N, D)
-    codebook_ptr,  # (K, D)
+    vectors_ptr, vectors_strides,  # (N, D); strides in elements
+    codebook_ptr, codebook_strides,  # (K, D)
     offset_ptr,  # (D,) float32, subtracted from both
     result_ptr,  # (N,) int64: the indices; or, if SPLIT, score and index as one number to be minimized
     N, K, D,
-    vector_stride, vector_width_stride, code_stride, code_width_stride,  # in elements
     codes_per_program,  # a multiple of BLOCK_K
     BLOCK_N: tl.constexpr,  # vectors per program
     BLOCK_K: tl.constexpr,  # codes compared at a time
@@ -126,13 +132,8 @@ def nearest_code_kernel(
         for start_d in range(0, D, BLOCK_D):
             dims = start_d + tl.arange(0, BLOCK_D)
             offset = tl.load(offset_ptr + dims, mask=dims < D, other=0.0)[None, :]
-            x = tl.load(vectors_ptr + rows[:, None] * vector_stride + dims[None, :].to(tl.int64) * vector_width_stride,
-                        mask=(rows[:, None] < N) & (dims[None, :] < D), other=0.0)  # (BLOCK_N, BLOCK_D)
-            c = tl.load(codebook_ptr + codes[:, None].to(tl.int64) * code_stride
-                        + dims[None, :].to(tl.int64) * code_width_stride,
-                        mask=(codes[:, None] < K) & (dims[None, :] < D), other=0.0)  # (BLOCK_K, BLOCK_D)
-            x = x.to(tl.float32) - offset
-            c = c.to(tl.float32) - offset
+            x = load_tile(vectors_ptr, vectors_strides, rows, dims, N, D).to(tl.float32) - offset
+            c = load_tile(codebook_ptr, codebook_strides, codes, dims, K, D).to(tl.float32) - offset
             products = tl.dot(x, tl.trans(c), products, input_precision=PRECISION)
             norms += tl.sum(c * c, 1)
         scores = norms[None, :] - 2 * products  # (BLOCK_N, BLOCK_K)
@@ -155,7 +156,7 @@ def nearest_code_kernel(
 def nearest_code_triton(vectors: Tensor, codebook: Tensor) -> Tensor:
     """The kernel, on whatever device the tensors are: vectors (N, D), codebook (K, D) → (N,) int64 in [0, K).
 
-    Ties go to the lowest index; the same bits every time. A code whose squared norm overflows is never nearest.
+    Ties go to the lowest index. A code whose squared norm overflows is never nearest.
     Raises ValueError for other shapes, dtypes other than float32, float16 and bfloat16, or two devices.
     """
     check_shapes(vectors, codebook)
@@ -174,10 +175,12 @@ def nearest_code_triton(vectors: Tensor, codebook: Tensor) -> Tensor:
     offset = torch.empty(D, dtype=torch.float32, device=device)
     result = torch.full((N,), torch.iinfo(torch.int64).max, dtype=torch.int64, device=device)
     with torch.cuda.device_of(vectors):
-        common_offset_kernel[(triton.cdiv(D, 16),)](codebook, offset, K, D, *codebook.stride(), BLOCK_K=128, BLOCK_D=16)
+        common_offset_kernel[(triton.cdiv(D, 16),)](
+            codebook, codebook.stride(), offset, K, D, BLOCK_K=128, BLOCK_D=16)
         nearest_code_kernel[(row_blocks, splits)](
-            vectors, codebook, offset, result, N, K, D, *vectors.stride(), *codebook.stride(),
-            blocks_per_program * tiles["BLOCK_K"], **tiles, PRECISION=float32_precision(device), SPLIT=splits > 1)
+            vectors, vectors.stride(), codebook, codebook.stride(), offset, result, N, K, D,
+            blocks_per_program * tiles["BLOCK_K"], **tiles, PRECISION=float32_precision(device),
+            SPLIT=splits > 1)
     return result & 0xFFFFFFFF if splits > 1 else result
 
 
@@ -188,3 +191,29 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
     """
     search = nearest_code_triton if vectors.is_cuda else nearest_code_reference
     return search(vectors.detach(), codebook.detach())
+
+
+def main():
+    """Check the kernel on the real sizes, then time it beside the plain forms."""
+    device = describe_device()
+    codebook = torch.randn(1024, 256, device=device)  # §A.1's K and D
+    for N in (3072, 65536, 2 ** 20) if device.type == "cuda" else (3072, 65536):
+        x = torch.randn(N, 256, device=device)
+        forms = {
+            "torch.cdist + argmin": lambda: torch.cdist(x, codebook).argmin(1),
+            "addmm + argmin": lambda: torch.addmm(codebook.square().sum(1), x, codebook.T, alpha=-2).argmin(1),
+            "nearest_code_reference": lambda: nearest_code_reference(x, codebook),
+        }
+        if device.type == "cuda":
+            ours, double = nearest_code_triton(x, codebook), codebook.double()
+            for rows, codes in zip(x.split(ROWS), ours.split(ROWS)):
+                distances = torch.cdist(rows.double(), double)  # (≤ROWS, K)
+                excess = distances.gather(1, codes[:, None])[:, 0] - distances.amin(1)
+                assert excess.max() < 1e-5, f"a code is {excess.max():.1e} farther than the nearest"
+            forms["nearest_code_triton"] = lambda: nearest_code_triton(x, codebook)
+        moved = 4 * 256 * (N + 1024) + 8 * N  # bytes
+        compare(f"N = {N:,}, K = 1,024, D = 256", forms, 2 * N * 1024 * 256, moved, "tf32x3")
+
+
+if __name__ == "__main__":
+    main()
