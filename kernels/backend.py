@@ -33,8 +33,8 @@ def float32_precision(device: torch.device) -> str:
 def compare(title: str, forms: dict, flops: float, bytes_moved: float, tensor_cores: str):
     """Time several functions that do the same and print a line each; `tensor_cores` is "tf32x3" or "16 bit".
 
-    On a GPU: medians with a cold cache (triton's timer), rates, how much of the time the GPU would need at the
-    attainable rate of its arithmetic or its memory, and the memory taken. Without one: ratios to the fastest.
+    On a GPU: medians with a cold cache (triton's timer), rates, the share of that time which the GPU needs at
+    the attainable rate of its arithmetic or memory, and the memory taken. Without one: ratios to the fastest.
     """
     medians, taken = {}, {}
     for name, function in forms.items():
@@ -49,7 +49,8 @@ def compare(title: str, forms: dict, flops: float, bytes_moved: float, tensor_co
     for name, time in medians.items():
         line = f"{title:42} {name:28} {time / fastest:6.2f}×"
         if torch.cuda.is_available():
-            line += f" {1e6 * time:10.1f} µs {flops / time / 1e12:7.1f} TFLOP/s {bytes_moved / time / 1e9:7.0f} GB/s"
+            line += f" {1e6 * time:10.1f} µs {flops / time / 1e12:7.1f} TFLOP/s"
+            line += f" {bytes_moved / time / 1e9:7.0f} GB/s"
             for rates in (ATTAINABLE[gpu] for gpu in ATTAINABLE if gpu in torch.cuda.get_device_name()):
                 arithmetic = rates[0] / 3 if tensor_cores == "tf32x3" else rates[1]
                 floor = max(flops / arithmetic, bytes_moved / rates[2]) / 1e12

@@ -4,11 +4,11 @@
 
 With fewer queries than keys the queries are the last positions: that is how a key/value cache is read.
 
-The plain form writes the (Tq, T) scores and weights of every head to memory and reads them back several times:
-with T = 512 and d = 64 each of these matrices has twice as many entries as q, k, v and the output together.
-Flash attention (Dao et al., 2022) never stores them. A program holds one block of queries, walks over the keys
-tile by tile and keeps per query the largest score so far m, the sum l = Σ exp(s − m) and the output so far; when
-a tile brings a larger score m', what was summed before is multiplied by exp(m − m').
+The plain form writes the (Tq, T) scores and weights of every head to memory and reads them back several
+times: with T = 512 and d = 64 each of these matrices has twice as many entries as q, k, v and the output
+together. Flash attention (Dao et al., 2022) never stores them. A program holds one block of queries, walks
+over the keys tile by tile and keeps per query the largest score so far m, the sum l = Σ exp(s − m) and the
+output so far; when a tile brings a larger score m', what was summed before is multiplied by exp(m − m').
 
 Backward, from the output's gradient dO and with P recomputed from the saved log-sum-exp L_i = m_i + log l_i:
 
@@ -20,9 +20,9 @@ programs add to one address, and the gradient is the same to the last bit every 
 
 The kernels work with powers of two, exp(x) = 2^(x·log₂e), because that is what a GPU computes.
 
-    python -m kernels.causal_attention    checks the kernels and prints a table (without a GPU: of the reference)
+    python -m kernels.causal_attention    checks the kernels and prints a table (without a GPU: plain torch's)
 
-Limits: float32 (IEEE), float16 or bfloat16; d from 1 to 128, fastest at 16, 32, 64 and 128; any T and strides.
+Limits: float32 (IEEE), float16, bfloat16; d from 1 to 128, fastest at powers of two from 16; any T, strides.
 Symbols: B batch, Tq queries, T keys, d head_dim.
 """
 import math
@@ -108,7 +108,7 @@ def forward_kernel(
     total = tl.zeros((BLOCK_Q,), tl.float32)  # l
     seen_by_all = (position + 1) // BLOCK_K * BLOCK_K
     seen_by_any = tl.minimum(position + BLOCK_Q, T)
-    for masked in tl.static_range(2):  # first the keys that all these queries see, then those that some see
+    for masked in tl.static_range(2):  # first the keys that all these queries see, then some of them
         for start in range(seen_by_all if masked else 0, seen_by_any if masked else seen_by_all, BLOCK_K):
             columns = start + tl.arange(0, BLOCK_K)
             k = load_rows(key_ptr, key_strides, head, heads, columns, T, WIDTH, BLOCK_D)  # (BLOCK_K, BLOCK_D)
@@ -186,7 +186,7 @@ def key_value_gradient_kernel(
     heads, Tq, T, scale,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """dK and dV of one block of keys: a walk over the queries that see it. Scores lie here keys by queries."""
+    """dK and dV of one block of keys: a walk over the queries that see it, with scores as keys by queries."""
     blocks = tl.cdiv(T, BLOCK_K)
     head = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks  # the first block is seen by the most queries
@@ -199,7 +199,7 @@ def key_value_gradient_kernel(
     first_row = block * BLOCK_K - (T - Tq)  # the first query that sees the first of these keys
     sees_one = tl.maximum(first_row, 0) // BLOCK_Q * BLOCK_Q
     sees_all = tl.cdiv(tl.maximum(first_row + BLOCK_K - 1, 0), BLOCK_Q) * BLOCK_Q
-    for masked in tl.static_range(2):  # first the queries that see all of these keys, then those that see some
+    for masked in tl.static_range(2):  # first the queries that see all of these keys, then some of them
         last = tl.minimum(sees_all, Tq) if masked else Tq
         for start in range(sees_one if masked else sees_all, last, BLOCK_Q):
             rows = start + tl.arange(0, BLOCK_Q)
@@ -220,7 +220,8 @@ def key_value_gradient_kernel(
 
     k_gradient *= scale * 0.6931471805599453  # ln 2, as above
     store_rows(k_gradient, key_gradient_ptr, key_gradient_strides, head, heads, columns, T, WIDTH, BLOCK_D)
-    store_rows(v_gradient, value_gradient_ptr, value_gradient_strides, head, heads, columns, T, WIDTH, BLOCK_D)
+    store_rows(v_gradient, value_gradient_ptr, value_gradient_strides, head, heads, columns, T,
+               WIDTH, BLOCK_D)
 
 
 # ---- from torch
@@ -236,7 +237,7 @@ def tiles(dtype: torch.dtype, width: int) -> dict[str, int]:
 
 
 def launch(kernel, per: str, *tensors: Tensor):
-    """Run a kernel on query, key, … (its pointers in order), one program per "BLOCK_Q" or "BLOCK_K" and head."""
+    """Run a kernel on query, key, … (its pointers in order): a program per BLOCK_Q or BLOCK_K and head."""
     query, key = tensors[:2]
     B, heads, Tq, width = query.shape
     T = key.shape[2]
@@ -263,7 +264,7 @@ def with_dense_rows(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("kernels::causal_attention", mutates_args=())
 def forward_op(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """→ output (B, heads, Tq, d), logsumexp (B, heads, Tq) float32. An operator of its own for torch.compile."""
+    """→ output (B, heads, Tq, d), logsumexp (B, heads, Tq) float32. torch.compile sees one operator."""
     query, key, value = map(with_dense_rows, (query, key, value))
     output, logsumexp = forward_fake(query, key, value)
     launch(forward_kernel, "BLOCK_Q", query, key, value, output, logsumexp)
@@ -308,7 +309,7 @@ forward_op.register_autograd(backward, setup_context=save_for_backward)
 
 
 def causal_attention_triton(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The kernels, on whatever device the tensors are: query (B, heads, Tq, d), key and value (B, heads, T, d).
+    """The kernels, on whatever device the tensors are: query (B, heads, Tq, d), key, value (B, heads, T, d).
 
     → (B, heads, Tq, d) of the inputs' dtype, or of autocast's. Differentiable once; the same bits every time.
     Raises ValueError for other shapes, Tq > T, d > 128, or dtypes other than float32, float16 and bfloat16.
@@ -320,7 +321,7 @@ def causal_attention_triton(query: Tensor, key: Tensor, value: Tensor) -> Tensor
     same = all((x.dtype, x.device) == (query.dtype, query.device) for x in (key, value))
     if not same or query.dtype not in (torch.float32, torch.float16, torch.bfloat16) or query.shape[3] > 128:
         raise ValueError(
-            "the causal_attention kernels take float32, float16 or bfloat16, one dtype, on one device, with a "
+            "the causal_attention kernels take float32, float16 or bfloat16, one dtype on one device, with a "
             f"head_dim of at most 128, not {tuple(query.shape)} of {query.dtype} on {query.device}, "
             f"{key.dtype} on {key.device} and {value.dtype} on {value.device}")
     return forward_op(query, key, value)[0]
@@ -340,7 +341,8 @@ def main():
     def draw(T: int) -> Tensor:
         return torch.randn(B, T, heads, d, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
 
-    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # one query sees all keys, as many as keys a triangle
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As many queries as keys, or one, which sees all keys."""
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
 
     forms = {"causal_attention_reference": causal_attention_reference, "torch's fused attention": fused}

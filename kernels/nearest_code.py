@@ -7,10 +7,10 @@ subtracted from both sides first: distances do not change, but an offset no long
 two codes apart.
 
 The plain form multiplies two matrices, writes the (N, K) scores to memory and reads them again for the
-argmin: 8·N·K bytes beside the 4·N·D of the input, eight times as many at K = 1,024 and D = 256. The kernel walks
-over the codebook tile by tile, keeps for each of its vectors only the best score so far and the code that had
-it, and writes 8·N bytes. It is bound by arithmetic: 2·N·K·D flops, thrice that on the tensor cores for 3xTF32.
-When there are few vectors, several programs share the codes for the same ones, and an atomic minimum joins them.
+argmin: 8·N·K bytes beside the 4·N·D of the input, eight times as many at K = 1,024 and D = 256. The kernel
+walks over the codebook tile by tile, keeps for each of its vectors only the best score so far and the code that
+had it, and writes 8·N bytes. It is bound by arithmetic: 2·N·K·D flops, for 3xTF32 three times on tensor cores.
+When there are few vectors, several programs share the codes for the same ones; an atomic minimum joins them.
 
     python -m kernels.nearest_code    checks the kernel and prints a table (without a GPU: of the reference)
 
@@ -144,7 +144,7 @@ def nearest_code_kernel(
         best_score = tl.where(better, score, best_score)
         best_code = tl.where(better, start + column, best_code)
     if SPLIT:
-        # A float's bits, read as an integer, order positive floats; flipping all but the sign orders the rest.
+        # A float's bits, read as an integer, order positive floats; with all but the sign flipped, the rest.
         bits = best_score.to(tl.int32, bitcast=True)
         bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         key = (bits.to(tl.int64) << 32) | best_code.to(tl.int64)  # of equal scores the lowest index is least
@@ -160,10 +160,10 @@ def nearest_code_triton(vectors: Tensor, codebook: Tensor) -> Tensor:
     Raises ValueError for other shapes, dtypes other than float32, float16 and bfloat16, or two devices.
     """
     check_shapes(vectors, codebook)
-    for tensor in (vectors, codebook):
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16) or tensor.device != vectors.device:
-            raise ValueError("the nearest_code kernel takes float32, float16 or bfloat16 on one device, not "
-                             f"{vectors.dtype} on {vectors.device} and {codebook.dtype} on {codebook.device}")
+    dtypes = {vectors.dtype, codebook.dtype}
+    if not dtypes <= {torch.float32, torch.float16, torch.bfloat16} or vectors.device != codebook.device:
+        raise ValueError("the nearest_code kernel takes float32, float16 or bfloat16 on one device, not "
+                         f"{vectors.dtype} on {vectors.device} and {codebook.dtype} on {codebook.device}")
     (N, D), K, device = vectors.shape, len(codebook), vectors.device
     if N == 0:
         return torch.empty(0, dtype=torch.int64, device=device)
@@ -201,7 +201,7 @@ def main():
         x = torch.randn(N, 256, device=device)
         forms = {
             "torch.cdist + argmin": lambda: torch.cdist(x, codebook).argmin(1),
-            "addmm + argmin": lambda: torch.addmm(codebook.square().sum(1), x, codebook.T, alpha=-2).argmin(1),
+            "addmm + argmin": lambda: codebook.square().sum(1).addmm(x, codebook.T, alpha=-2).argmin(1),
             "nearest_code_reference": lambda: nearest_code_reference(x, codebook),
         }
         if device.type == "cuda":
