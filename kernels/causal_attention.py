@@ -171,6 +171,8 @@ def query_gradient_kernel(
             weights = tl.exp2(scores - logsumexp[:, None])  # p: L has the normalization in it
             weights_gradient = tl.dot(output_gradient, tl.trans(v), input_precision="ieee")
             scores_gradient = weights * (weights_gradient - delta[:, None])
+            if masked:  # the first position has one key, whose weight is 1 whatever its score
+                scores_gradient = tl.where(rows[:, None] + T - Tq > 0, scores_gradient, 0.0)
             q_gradient = tl.dot(scores_gradient.to(k.dtype), k, q_gradient, input_precision="ieee")
 
     q_gradient *= scale * 0.6931471805599453  # ln 2: scale is log₂e / √d, the gradient needs 1/√d
@@ -216,6 +218,8 @@ def key_value_gradient_kernel(
             v_gradient = tl.dot(weights.to(q.dtype), output_gradient, v_gradient, input_precision="ieee")
             weights_gradient = tl.dot(v, tl.trans(output_gradient), input_precision="ieee")
             scores_gradient = weights * (weights_gradient - delta[None, :])
+            if masked:  # as above
+                scores_gradient = tl.where(rows[None, :] + T - Tq > 0, scores_gradient, 0.0)
             k_gradient = tl.dot(scores_gradient.to(q.dtype), q, k_gradient, input_precision="ieee")
 
     k_gradient *= scale * 0.6931471805599453  # ln 2, as above

@@ -8,9 +8,9 @@ two codes apart.
 
 The plain form multiplies two matrices, writes the (N, K) scores to memory and reads them again for the
 argmin: 8·N·K bytes beside the 4·N·D of the input, eight times as many at K = 1,024 and D = 256. The kernel
-walks over the codebook tile by tile, keeps for each of its vectors only the best score so far and the code that
-had it, and writes 8·N bytes. It is bound by arithmetic: 2·N·K·D flops, for 3xTF32 three times on tensor cores.
-When there are few vectors, several programs share the codes for the same ones; an atomic minimum joins them.
+walks over the codebook tile by tile, keeps for each of its vectors only the best score so far and the code
+that had it, and writes 8·N bytes. It is bound by arithmetic: 2·N·K·D flops, three times that for 3xTF32. When
+there are few vectors, several programs share the codes for the same ones; an atomic minimum joins them.
 
     python -m kernels.nearest_code    checks the kernel and prints a table (without a GPU: of the reference)
 
@@ -99,8 +99,8 @@ def common_offset_kernel(
     spread = tl.maximum(high - mean, mean - low)
     spread = tl.maximum(spread, tl.abs(mean) * 1.1920929e-07)  # eps of float32
     spread = tl.maximum(spread, 1.1754944e-38)  # its smallest normal number
-    # The exponent's bits alone, plus one: the power of two above the spread.
-    step = ((spread.to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000).to(tl.float32, bitcast=True)
+    # The exponent's bits alone are the power of two below the spread.
+    step = 2 * (spread.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     offset = tl.floor(mean / step + 0.5) * step
     offset = tl.where(tl.abs(offset) < float("inf"), offset, 0.0)  # NaN too
     tl.store(offset_ptr + dims, offset, mask=dims < D)
@@ -172,7 +172,7 @@ def nearest_code_triton(vectors: Tensor, codebook: Tensor) -> Tensor:
     row_blocks, code_blocks = triton.cdiv(N, tiles["BLOCK_N"]), triton.cdiv(K, tiles["BLOCK_K"])
     blocks_per_program = triton.cdiv(code_blocks, triton.cdiv(enough, row_blocks))
     splits = triton.cdiv(code_blocks, blocks_per_program)  # programs that share the codes of one row block
-    offset = torch.empty(D, dtype=torch.float32, device=device)
+    offset = torch.zeros(D, dtype=torch.float32, device=device)
     result = torch.full((N,), torch.iinfo(torch.int64).max, dtype=torch.int64, device=device)
     with torch.cuda.device_of(vectors):
         common_offset_kernel[(triton.cdiv(D, 16),)](

@@ -1,0 +1,459 @@
+"""The Triton kernels: natively where there is a GPU, else in the strict interpreter (strict_interpreter.py).
+
+Oracles: integer lattices, on which all arithmetic is exact, searched in float64; float64 attention of the inputs
+as rounded, which a kernel may miss by at most twice what plain torch misses it by in the same dtype; identities.
+"""
+import contextlib
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpt
+from kernels import causal_attention_reference, causal_attention_triton, nearest_code_reference, nearest_code_triton
+from strict_interpreter import strict
+
+lookup = sys.modules["kernels.nearest_code"]
+attention = sys.modules["kernels.causal_attention"]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+here = contextlib.nullcontext if DEVICE.type == "cuda" else strict  # where a kernel runs
+interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="needs the interpreter")
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return numbers.to(dtype).to(DEVICE)
+
+
+def small_integers(*shape, seed=0, dtype=torch.float32, low=-3, high=4):
+    numbers = torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+    return numbers.to(dtype).to(DEVICE)
+
+
+# ---- nearest_code
+
+
+def nearest(vectors, codebook):
+    with here():
+        return nearest_code_triton(vectors, codebook)
+
+
+def squared_distances(vectors, codebook):
+    """(N, K) in float64, by the definition."""
+    return torch.stack([(vectors.double() - code).square().sum(1) for code in codebook.double()], 1)
+
+
+def assert_exact(vectors, codebook):
+    """The first code at the smallest distance, where distances are exact."""
+    codes = nearest(vectors, codebook)
+    assert codes.dtype == torch.int64
+    assert torch.equal(codes, squared_distances(vectors, codebook).min(1, keepdim=True)[0]
+                       .eq(squared_distances(vectors, codebook)).int().argmax(1))
+
+
+def assert_near(vectors, codebook, offset=0.0):
+    """The chosen code is no farther than rounding in float32 allows, given what is left after the offset."""
+    distances = squared_distances(vectors, codebook)
+    codes = nearest(vectors, codebook)
+    assert 0 <= codes.min() and codes.max() < len(codebook)
+    excess = distances.gather(1, codes[:, None])[:, 0] - distances.amin(1)
+    x, c = (vectors.double() - offset).norm(dim=1), (codebook.double() - offset).norm(dim=1).max()
+    bound = 2 * 2 ** -24 * math.sqrt(vectors.shape[1]) * (2 * x * c + c ** 2)
+    assert (excess <= bound).all(), float((excess / bound).max())
+
+
+SHAPES = [(1, 1, 1), (1, 1024, 16), (65, 64, 32), (64, 65, 33), (130, 200, 48), (7, 1000, 20), (100, 33, 100),
+          (2, 3, 257), (129, 129, 1), (63, 1, 5)]  # N, K, D
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, K, D", SHAPES)
+def test_on_a_lattice_the_lowest_of_the_nearest_is_found(N, K, D, dtype):
+    assert_exact(small_integers(N, D, seed=1, dtype=dtype), small_integers(K, D, seed=2, dtype=dtype))
+
+
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+@pytest.mark.parametrize("low, high", [(-3, 4), (100, 103)])
+def test_however_many_programs_share_the_codes(monkeypatch, programs, low, high):
+    monkeypatch.setattr(lookup, "multiprocessors", lambda device: programs)
+    for tiles in (lookup.FEW, lookup.MANY):  # on so few multiprocessors all rows count as many
+        monkeypatch.setattr(lookup, "MANY", tiles)
+        assert_exact(small_integers(150, 20, seed=1, low=low, high=high),
+                     small_integers(400, 20, seed=2, low=low, high=high))
+
+
+@pytest.mark.parametrize("vectors, codes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32),
+                                            (torch.bfloat16, torch.float16)])
+def test_vectors_and_codes_may_differ_in_dtype(vectors, codes):
+    assert_exact(small_integers(70, 20, seed=1, dtype=vectors), small_integers(90, 20, seed=2, dtype=codes))
+
+
+@pytest.mark.parametrize("N, K, D", SHAPES)
+def test_on_floats_the_code_found_is_nearest_but_for_rounding(N, K, D):
+    assert_near(random(N, D, seed=1), random(K, D, seed=2))
+
+
+def test_of_equal_codes_the_first_is_found_in_a_tile_and_across_tiles_and_programs(monkeypatch):
+    distinct = random(40, 20, seed=1)
+    pick = small_integers(500, seed=2, low=0, high=40, dtype=torch.int64)
+    first = [pick.tolist().index(k) for k in pick.tolist()]
+    for programs in (1, 132):
+        monkeypatch.setattr(lookup, "multiprocessors", lambda device: programs)
+        assert nearest(distinct[pick], distinct[pick]).tolist() == first
+
+
+def test_each_code_finds_itself():
+    codebook = random(1000, 64)
+    assert nearest(codebook, codebook).tolist() == list(range(1000))
+
+
+@pytest.mark.parametrize("programs", [1, 132])
+@pytest.mark.parametrize("distance", [-1.0, 1.0])
+def test_scores_of_either_sign_are_ordered(monkeypatch, programs, distance):
+    monkeypatch.setattr(lookup, "multiprocessors", lambda device: programs)
+    codebook = random(200, 8, seed=1)
+    vectors = 10 * codebook if distance < 0 else 0.01 * codebook  # |c|² − 2x·c far below 0, or above
+    assert_near(vectors, codebook)
+
+
+def test_norms_over_three_decades_count():
+    codebook = random(300, 16, seed=1) * torch.logspace(-1.5, 1.5, 300, device=DEVICE)[:, None]
+    assert_near(codebook[::3] + 0.05 * random(100, 16, seed=2), codebook)
+
+
+def test_a_common_offset_costs_no_accuracy():
+    offset = torch.linspace(-1000, 1000, 40, device=DEVICE)
+    vectors, codebook = random(150, 40, seed=1) / 8 + offset, random(200, 40, seed=2) / 8 + offset
+    assert_near(vectors, codebook, offset)
+
+
+@pytest.mark.parametrize("K, D", [(1, 1), (5, 33), (128, 16), (300, 40)])
+def test_the_offset_is_that_of_the_reference(K, D):
+    columns = torch.linspace(-50, 50, D, device=DEVICE)
+    for codebook in (random(K, D), random(K, D) + columns, torch.ones(K, D, device=DEVICE) * columns,
+                     torch.zeros(K, D, device=DEVICE), small_integers(K, D, low=90, high=99),
+                     (random(K, D) + columns).T.contiguous().T, 3e38 * small_integers(K, D, low=0, high=2)):
+        offset = torch.full((D + 1,), 7.0, device=DEVICE)
+        with here():
+            lookup.common_offset_kernel[(D // 16 + 1,)](codebook, codebook.stride(), offset, K, D,
+                                                         BLOCK_K=128, BLOCK_D=16)
+        torch.testing.assert_close(offset[:D], lookup.common_offset(codebook), atol=0, rtol=2e-7)
+        assert offset[D] == 7
+
+
+@pytest.mark.parametrize("place", [0, 150, 299])
+def test_a_code_whose_norm_overflows_never_wins(place):
+    codebook = random(300, 20, seed=1)
+    codebook[place] = 1e25
+    codes = nearest(codebook + 0.01, codebook)
+    assert codes[:place].tolist() + codes[place + 1:].tolist() == [k for k in range(300) if k != place]
+
+
+def test_not_a_number_gives_an_index_in_range_and_disturbs_no_other_vector():
+    vectors, codebook = random(70, 20, seed=1), random(200, 20, seed=2)
+    whole = nearest(vectors, codebook)
+    vectors[3, 5], vectors[66] = math.nan, math.inf
+    codes = nearest(vectors, codebook)
+    assert 0 <= codes.min() and codes.max() < 200
+    assert all(codes[i] == whole[i] for i in range(70) if i not in (3, 66))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_vectors_no_indices(dtype):
+    codes = nearest(random(0, 4, dtype=dtype), random(3, 4, dtype=dtype))
+    assert (codes.shape, codes.dtype) == ((0,), torch.int64)
+
+
+def test_any_strides_are_read_and_nothing_is_written():
+    wide, tall = small_integers(90, 160, seed=1), small_integers(300, 70, seed=2)
+    copies = wide.clone(), tall.clone()
+    for vectors, codebook in [(wide[:, ::2], tall.T[:, :80]), (wide.T[:, :70], tall), (wide[::3, :70], tall[::2]),
+                              (wide[:1, :70].expand(90, 70), tall), (wide[:, :1].expand(90, 70), tall),
+                              (wide[:, 70:140], tall[:1].expand(65, 70))]:
+        assert_exact(vectors, codebook)
+    assert torch.equal(wide, copies[0]) and torch.equal(tall, copies[1])
+
+
+def test_the_same_bits_every_time():
+    vectors, codebook = random(300, 48, seed=1), random(500, 48, seed=2)
+    runs = [nearest(vectors, codebook) for _ in range(10 if DEVICE.type == "cuda" else 2)]
+    assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+@interpreted
+@pytest.mark.parametrize("transposed", [False, True])
+def test_more_than_two_to_the_31_elements(transposed):
+    N, D = 2 ** 23 + 64, 256
+    vectors = torch.empty(D, N).T if transposed else torch.empty(N, D)  # memory that is never touched
+    codebook = random(70, D)
+    vectors[-64:] = codebook[3:67]
+    with strict(only=lambda programs: {programs - 1}):
+        codes = nearest_code_triton(vectors, codebook)
+    assert codes[-64:].tolist() == list(range(3, 67))
+
+
+@interpreted
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_codebook_of_more_than_two_to_the_31_elements(monkeypatch, transposed):
+    K, D = 2 ** 16, 2 ** 15 + 16
+    codebook = torch.empty(D, K).T if transposed else torch.empty(K, D)
+    offset = torch.zeros(D)
+    result = torch.full((1,), torch.iinfo(torch.int64).max)
+    codebook[-64:] = 1.0
+    codebook[-5] = 0.0
+    with strict(only=lambda programs: {programs - 1}):
+        lookup.nearest_code_kernel[(1, K // 64)](torch.zeros(1, D), (D, 1), codebook, codebook.stride(), offset,
+                                                 result, 1, K, D, 64, 64, 64, 4096, "ieee", True)
+    assert result & 0xFFFFFFFF == K - 5
+
+
+def test_the_lookup_runs_in_the_plain_interpreter_too():
+    vectors, codebook = small_integers(130, 33, seed=1), small_integers(200, 33, seed=2)
+    assert torch.equal(nearest_code_triton(vectors, codebook), nearest(vectors, codebook))
+
+
+@pytest.mark.parametrize("vectors, codebook", [
+    ((3, 4), (5, 3)), ((3, 4), (0, 4)), ((4,), (5, 4)), ((3, 4), (4,)), ((2, 3, 4), (5, 4)), ((3, 1), (5, 4))])
+def test_the_lookup_refuses_shapes_that_do_not_fit(vectors, codebook):
+    with pytest.raises(ValueError, match="nearest_code needs vectors"):
+        nearest_code_triton(random(*vectors), random(*codebook))
+
+
+def test_the_lookup_refuses_what_it_cannot_compare():
+    for vectors, codebook in [(torch.float64, torch.float32), (torch.float32, torch.int64)]:
+        with pytest.raises(ValueError, match="takes float32, float16 or bfloat16 on one device"):
+            nearest_code_triton(random(3, 4).to(vectors), random(5, 4).to(codebook))
+    with pytest.raises(ValueError, match="on one device, not torch.float32 on .* and torch.float32 on meta"):
+        nearest_code_triton(random(3, 4), torch.empty(5, 4, device="meta"))
+
+
+# ---- causal_attention
+
+
+def attend(*inputs, form=causal_attention_triton):
+    with here() if form is causal_attention_triton else contextlib.nullcontext():
+        return form(*inputs)
+
+
+def draw(B, heads, Tq, T, d, dtype=torch.float32):
+    """query, key, value as gpt.py makes them (d contiguous, then heads), and a gradient for the output."""
+    shapes = [(B, Tq, heads, d), (B, T, heads, d), (B, T, heads, d), (B, Tq, heads, d)]
+    return [random(*shape, seed=i, dtype=dtype).transpose(1, 2) for i, shape in enumerate(shapes)]
+
+
+def output_and_gradients(inputs, output_gradient, form=causal_attention_triton):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    with here() if form is causal_attention_triton else contextlib.nullcontext():
+        output = form(*inputs)
+        return [output.detach(), *torch.autograd.grad(output, inputs, output_gradient)]
+
+
+def worst_row(ours, exact):
+    """The largest error of a row, in units of the row's and the mean row's length."""
+    length = exact.norm(dim=-1)
+    return float(((ours.double() - exact).norm(dim=-1) / (length + length.mean() + 0.01)).max())
+
+
+LENGTHS = [(1, 1), (64, 64), (65, 65), (127, 127), (130, 150), (33, 257), (1, 70), (64, 65), (70, 129), (16, 32)]
+
+
+@pytest.mark.parametrize("dtype, slack", [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
+@pytest.mark.parametrize("Tq, T, d", [(*lengths, 32) for lengths in LENGTHS] + [
+    (40, 70, 16), (70, 70, 20), (90, 100, 64), (33, 65, 80), (65, 65, 128), (341, 341, 64)])
+def test_output_and_gradients_err_at_most_twice_as_much_as_torch(Tq, T, d, dtype, slack):
+    *inputs, gradient = draw(1 if T > 300 else 2, 1 if T > 100 else 2, Tq, T, d, dtype)
+    exact = output_and_gradients([x.double() for x in inputs], gradient.double(), causal_attention_reference)
+    torchs = output_and_gradients(inputs, gradient, causal_attention_reference)
+    ours = output_and_gradients(inputs, gradient)
+    for name, a, b, c in zip(("output", "dq", "dk", "dv"), ours, torchs, exact):
+        assert a.dtype == dtype and a.shape == c.shape
+        assert worst_row(a, c) <= 2 * worst_row(b, c) + slack, name
+
+
+@pytest.mark.parametrize("d", [1, 3, 5, 9])
+def test_few_dimensions_are_padded(d):
+    *inputs, gradient = draw(1, 2, 20, 25, d)
+    exact = output_and_gradients([x.double() for x in inputs], gradient.double(), causal_attention_reference)
+    for ours, theirs in zip(output_and_gradients(inputs, gradient), exact):
+        torch.testing.assert_close(ours.double(), theirs, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("Tq, T", [(1, 1), (70, 70), (70, 135)])
+def test_a_zero_query_gives_the_mean_of_the_values_so_far(Tq, T):
+    query, key, value, _ = draw(1, 2, Tq, T, 16)
+    means = value.cumsum(2) / torch.arange(1, T + 1, device=DEVICE)[:, None]
+    torch.testing.assert_close(attend(0 * query, key, value), means[:, :, T - Tq:], atol=1e-5, rtol=0)
+
+
+def test_what_comes_later_changes_no_bit_of_what_came_before_in_the_kernel():
+    query, key, value, _ = draw(1, 2, 150, 150, 32)
+    before = attend(query, key, value)
+    key[:, :, 100:] += 3
+    value[:, :, 100:] -= 2
+    after = attend(query, key, value)
+    assert torch.equal(after[:, :, :100], before[:, :, :100])
+    assert (after[:, :, 100:] != before[:, :, 100:]).any(3).all()
+
+
+@pytest.mark.parametrize("last", [1, 31, 32, 33, 70])
+def test_the_last_queries_alone_get_what_they_get_among_all(last):
+    query, key, value, _ = draw(1, 2, 130, 130, 32)
+    whole = attend(query, key, value)
+    torch.testing.assert_close(attend(query[:, :, -last:], key, value), whole[:, :, -last:], atol=2e-6, rtol=0)
+
+
+def test_huge_scores_pick_the_best_key_and_stay_finite_in_the_kernel():
+    key = 100 * torch.eye(16, device=DEVICE).expand(1, 1, 16, 16)
+    value, gradient = random(1, 1, 16, 16), random(1, 1, 16, 16, seed=1)
+    results = output_and_gradients([100 * key, key, value], gradient)
+    assert torch.equal(results[0], value)
+    assert all(result.isfinite().all() for result in results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides_of_inputs_and_gradient_are_read(dtype):
+    *inputs, gradient = draw(2, 3, 40, 40, 16, dtype)
+    expected = output_and_gradients(inputs, gradient)
+    qkv = torch.stack([x.transpose(1, 2) for x in inputs], 2)  # (B, T, 3, heads, d), as gpt.py has them
+    strided = [[x.transpose(1, 2) for x in qkv.unbind(2)], [x.contiguous() for x in inputs],
+               [x.transpose(2, 3).contiguous().transpose(2, 3) for x in inputs]]
+    for views in strided:
+        for ours, theirs in zip(output_and_gradients(views, gradient.contiguous()), expected):
+            assert torch.equal(ours, theirs)
+    one = torch.ones((), dtype=dtype, device=DEVICE).expand(gradient.shape)  # strides of 0, as sum() sends them
+    for ours, theirs in zip(output_and_gradients(inputs, one), output_and_gradients(inputs, one.clone())):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_output_lies_in_memory_as_the_next_linear_layer_reads_it():
+    query, key, value, _ = draw(2, 3, 5, 7, 16)
+    assert attend(query, key, value).transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_a_gradient_can_be_asked_for_of_one_input_alone(needs):
+    *inputs, gradient = draw(1, 2, 33, 40, 16)
+    expected = output_and_gradients(inputs, gradient)[1 + needs.index(True)]
+    inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs)]
+    with here():
+        causal_attention_triton(*inputs).backward(gradient)
+    assert [x.grad is not None for x in inputs] == list(needs)
+    assert torch.equal(inputs[needs.index(True)].grad, expected)
+
+
+@pytest.mark.parametrize("B, Tq, T", [(0, 5, 5), (2, 0, 5), (2, 0, 0)])
+def test_nothing_in_nothing_out(B, Tq, T):
+    *inputs, gradient = draw(B, 2, Tq, T, 16)
+    results = output_and_gradients(inputs, gradient)
+    assert [result.shape for result in results] == [x.shape for x in (gradient, *inputs)]
+    assert all((result == 0).all() for result in results)
+
+
+def test_backward_gives_the_same_bits_every_time():
+    *inputs, gradient = draw(2, 2, 70, 90, 32)
+    runs = [output_and_gradients(inputs, gradient) for _ in range(10 if DEVICE.type == "cuda" else 2)]
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0]))
+
+
+def test_autocast_decides_the_dtype():
+    query, key, value, gradient = draw(1, 2, 20, 20, 16)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        output = attend(query, key.bfloat16(), value)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, attend(query.bfloat16(), key.bfloat16(), value.bfloat16()))
+
+
+def test_compiled_it_is_one_operator_and_computes_the_same():
+    *inputs, gradient = draw(2, 2, 33, 40, 16)
+    expected = output_and_gradients(inputs, gradient)
+    whole = torch.compile(causal_attention_triton, fullgraph=True,
+                          backend="inductor" if DEVICE.type == "cuda" else "aot_eager")
+    with here():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        output = whole(*leaves)
+        compiled = [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
+    assert all(torch.equal(a, b) for a, b in zip(compiled, expected))
+
+
+def test_the_operators_keep_the_rules_of_torch():
+    query, key, value, gradient = draw(1, 2, 5, 7, 16)
+    with here():
+        torch.library.opcheck(attention.forward_op, [x.requires_grad_() for x in (query, key, value)])
+        output, logsumexp = attention.forward_op(query.detach(), key.detach(), value.detach())
+        torch.library.opcheck(attention.backward_op, (query.detach(), key.detach(), value.detach(), output,
+                                                      logsumexp, gradient))
+
+
+def test_a_whole_gpt_learns_the_same_with_the_kernel(monkeypatch):
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.GPTConfig(vocab_size=20, block_size=40, n_layer=2, n_head=2, n_embd=32)).to(DEVICE)
+    tokens = small_integers(2, 40, low=0, high=20, dtype=torch.int64)
+    gradients = []
+    for form in (causal_attention_reference, causal_attention_triton):
+        monkeypatch.setattr(gpt, "causal_attention", form)
+        model.zero_grad()
+        with here():
+            loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, ours in zip(*gradients):
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-4)
+
+
+@interpreted
+def test_more_than_two_to_the_31_elements_of_a_batch():
+    B, T, heads, d = 2 ** 14 + 1, 64, 32, 64
+    qkv = torch.empty(B, T, 3, heads, d, dtype=torch.float16)  # 2³² elements of memory that is never touched
+    qkv[-1] = random(T, 3, heads, d, dtype=torch.float16)
+    inputs = [x.transpose(1, 2) for x in qkv.unbind(2)]
+    output = torch.empty(B, T, heads, d, dtype=torch.float16).transpose(1, 2)
+    gradients = [torch.empty_like(output) for _ in inputs]
+    logsumexp, delta = torch.empty(B, heads, T), torch.empty(B, heads, T)
+    with strict(only=lambda programs: {programs - 1}):
+        attention.launch(attention.forward_kernel, "BLOCK_Q", *inputs, output, logsumexp)
+        attention.launch(attention.query_gradient_kernel, "BLOCK_Q", *inputs, output, output, logsumexp,
+                         gradients[0], delta)
+        attention.launch(attention.key_value_gradient_kernel, "BLOCK_K", *inputs, output, logsumexp, delta,
+                         *gradients[1:])
+    last = [x[-1:, -1:].clone() for x in inputs]
+    expected = output_and_gradients(last, attend(*last))
+    for ours, theirs in zip((output, *gradients), expected):
+        assert torch.equal(ours[-1:, -1:], theirs)
+
+
+def test_the_attention_runs_in_the_plain_interpreter_too():
+    *inputs, gradient = draw(1, 2, 70, 90, 32)
+    assert torch.equal(causal_attention_triton(*inputs), attend(*inputs))
+
+
+def test_attention_refuses_what_it_cannot_compute():
+    for inputs in (draw(1, 1, 3, 3, 129)[:3], draw(1, 1, 3, 3, 8, torch.float64)[:3],
+                   [x.to(dtype) for x, dtype in zip(draw(1, 1, 3, 3, 8), DTYPES)]):
+        with pytest.raises(ValueError, match="the causal_attention kernels take float32"):
+            causal_attention_triton(*inputs)
+    with pytest.raises(ValueError, match="causal_attention needs query"):
+        causal_attention_triton(*draw(1, 1, 5, 4, 8)[:3])
+
+
+# ---- both
+
+
+def test_without_triton_the_references_work():
+    script = ("import sys; sys.modules['triton'] = None; import torch, kernels; x = torch.randn(5, 4);"
+              "assert kernels.nearest_code(x, x).tolist() == [0, 1, 2, 3, 4];"
+              "q = torch.randn(1, 1, 3, 4); assert kernels.causal_attention(q, q, q).shape == q.shape")
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).resolve().parent.parent)
+
+
+def test_on_a_gpu_the_public_names_are_the_kernels():
+    if DEVICE.type == "cpu":
+        pytest.skip("no GPU")
+    *inputs, _ = draw(2, 2, 33, 40, 16)
+    assert torch.equal(attention.causal_attention(*inputs), causal_attention_triton(*inputs))
+    x, codebook = random(60, 6, seed=1), random(30, 6, seed=2)
+    assert torch.equal(lookup.nearest_code(x, codebook), nearest_code_triton(x, codebook))
+    assert torch.equal(lookup.nearest_code(x, codebook), nearest_code_reference(x, codebook))
