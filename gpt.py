@@ -67,7 +67,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 × (B, heads, T, d)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # 3 × (B, heads, T, d)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, heads, length + T, d)
         x = causal_attention(q, k, v)  # (B, heads, T, d)

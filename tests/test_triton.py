@@ -141,7 +141,7 @@ def test_the_offset_is_that_of_the_reference(K, D):
         with here():
             lookup.common_offset_kernel[(D // 16 + 1,)](codebook, codebook.stride(), offset, K, D,
                                                          BLOCK_K=128, BLOCK_D=16)
-        torch.testing.assert_close(offset[:D], lookup.common_offset(codebook), atol=0, rtol=2e-7)
+        torch.testing.assert_close(offset[:D], lookup.common_offset(codebook), atol=0, rtol=1e-5)
         assert offset[D] == 7
 
 
