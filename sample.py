@@ -4,7 +4,8 @@
     python sample.py --checkpoint … --count 50000 --out pictures/             numbered files, for FID and such
     python sample.py --checkpoint … --animate samples.gif                     the grid filled code by code
 
-Files of the authors' taming-transformers are sampled too, if they are unconditional.
+Files of the authors' taming-transformers are sampled too, if they are unconditional. A class-conditional one
+cannot be told from those: its pictures are all of class 0.
 """
 import math
 from dataclasses import dataclass

@@ -40,9 +40,6 @@ TRAINER = re.compile(
 class StandIn:
     """In place of an object of the trainer: takes what the original would be built from, keeps nothing."""
 
-    def __new__(cls, *args):
-        return object.__new__(cls)
-
     def __init__(self, *args):
         pass
 
@@ -129,7 +126,7 @@ def vq_sizes(path: str | Path) -> dict:
     """The arguments of VQConfig for the first stage in a file. Raises ValueError for one unlike ours."""
     weights, what = network(path, "first_stage_model."), f"{path} has no VQ model of taming-transformers"
     base_channels, image_channels, *_ = shape(weights, "encoder.conv_in.weight", 4, what)
-    levels = max(1, count(weights, LEVELS))
+    levels = count(weights, LEVELS)
     widths = [shape(weights, f"encoder.down.{level}.block.0.conv1.weight", 4, what)[0]
               for level in range(levels)]
     codebook_size, code_width = shape(weights, "quantize.embedding.weight", 2, what)
@@ -144,12 +141,12 @@ def vq_sizes(path: str | Path) -> dict:
                  for level in re.findall(r"^(?:encoder\.down|decoder\.up)\.(\d+)\.attn\.", key)}
     if attention != {levels - 1}:
         raise ValueError(f"{path} has attention at the resolutions {sorted(attention)} of {levels}; only "
-                         f"models with attention at the coarsest, {levels - 1}, and there alone can be read")
+                         "models with attention at the coarsest, the last, and there alone can be read")
     return {"image_channels": image_channels, "base_channels": base_channels,
             "channel_multipliers": ",".join(str(width // base_channels) for width in widths),
             "residual_blocks": count(weights, BLOCKS),
             "codebook_size": codebook_size, "code_width": code_width,
-            "group_channels": min(4, base_channels // 32)}  # theirs: always 32 groups
+            "group_channels": base_channels // 32}  # theirs: always 32 groups
 
 
 def gpt_sizes(path: str | Path, n_head: int = 0) -> dict:

@@ -331,6 +331,7 @@ def test_the_sizes_of_the_released_first_stages_are_read_off_the_shapes(tmp_path
     segmentation = shapes_only(vq_shapes(128, (1, 1, 2, 2, 4), 2, codes=1024, width=256, channels=182))
     write(path, segmentation | {"colorize": torch.zeros(3, 182, 1, 1)})
     assert VQConfig(**taming.vq_sizes(path)) == VQConfig(image_channels=182)
+    assert VQ.from_taming(path).config.image_channels == 182
 
 
 @pytest.mark.parametrize("layers, width, heads, model", [
@@ -435,6 +436,12 @@ def test_a_network_unlike_ours_is_refused_with_one_sentence(tmp_path, model, key
     with pytest.raises(ValueError, match=sentence) as error:
         model.from_taming(write(tmp_path / "x.ckpt", weights))
     assert "\n" not in str(error.value)
+
+
+def test_layers_too_narrow_for_32_groups_are_refused(tmp_path):
+    path = write(tmp_path / "x.ckpt", shapes_only(vq_shapes(16, (1, 2), 1, codes=4, width=4)))
+    with pytest.raises(ValueError, match=r"has 16 channels at first and then \[16, 32\]; they must be"):
+        VQ.from_taming(path)
 
 
 def test_a_first_stage_without_attention_is_refused(tmp_path):
@@ -562,6 +569,17 @@ def test_the_trainers_objects_are_passed_over_without_the_trainer(tmp_path, monk
     assert torch.equal(vq.quantizer.codebook, random_weights(SMALL_VQ, 0)["quantize.embedding.weight"])
 
 
+def test_a_file_is_mapped_so_that_the_optimizers_state_stays_on_the_disk(tmp_path):
+    path = write(tmp_path / "vqgan.ckpt", random_weights(SMALL_VQ, seed=0))
+    content = path.read_bytes()
+
+    def starts(weights) -> set[int]:  # where in memory the file would begin if these lay in it
+        return {weight.data_ptr() - content.find(weight.numpy().tobytes()) for weight in weights.values()}
+    mapped = taming.read(path)
+    assert len(starts(mapped)) == 1
+    assert starts(VQ.from_taming(path).state_dict()).isdisjoint(starts(mapped))
+
+
 def test_files_that_are_damaged_or_of_another_kind_are_refused_with_one_sentence(tmp_path):
     whole = write(tmp_path / "whole.ckpt", random_weights(SMALL_VQ, seed=0)).read_bytes()
     short = archive(tmp_path / "short.ckpt", call("os", "system", "")[:-3]).read_bytes()
@@ -609,7 +627,7 @@ def pictures(tmp_path_factory) -> Path:
 
 def test_a_gpt_trains_on_a_first_stage_of_theirs_and_keeps_it(pictures, tmp_path, monkeypatch):
     w = random_weights(SMALL_VQ, seed=0)
-    path = write(tmp_path / "vqgan.ckpt", w | LOSSES)
+    path = write(tmp_path / "vqgan.pt", w | LOSSES)
     flags = ["--data", "folder", "--data-dir", str(pictures), "--codes-dir", str(tmp_path / "codes"),
              "--vq", str(path), "--out", str(tmp_path / "gpt"), "--n-layer", "1", "--n-head", "2",
              "--n-embd", "16", "--batch-size", "2", "--device", "cpu", "--workers", "0", "--order", "spiral"]
@@ -651,7 +669,7 @@ def test_an_unconditional_file_of_theirs_is_sampled_in_the_order_it_names(tmp_pa
     if order:
         p = ORDERINGS[order](4, 4)
         states |= {"permuter.forward_shuffle_idx": p, "permuter.backward_shuffle_idx": p.argsort()}
-    path = write(tmp_path / "net2net.ckpt", states)
+    path = write(tmp_path / "checkpoint.pt", states)
     out = tmp_path / "samples"
     flags = ["--count", "2", "--top-k", "1", "--out", str(out), "--device", "cpu"]
     sample.main(["--checkpoint", str(path), *flags])
