@@ -7,12 +7,14 @@ Symbols: B batch, T sequence, C embedding width, V vocabulary, P prefix, d head_
 """
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import taming
 from kernels import causal_attention
 
 
@@ -25,6 +27,7 @@ class GPTConfig:
     n_head: int = 16
     n_embd: int = 1024
     dropout: float = 0.0  # on the embeddings and after each attention and MLP
+    gelu: str = "tanh"  # GPT-2's approximation; "none": the exact function, as in the authors' models
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -35,6 +38,8 @@ class GPTConfig:
                              "choose a multiple of n_head")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+        if self.gelu not in ("tanh", "none"):
+            raise ValueError(f"gelu is {self.gelu!r}; choose one of tanh, none")
 
 
 class KeyValueCache:
@@ -82,7 +87,7 @@ class Block(nn.Module):
         self.norm_2 = nn.LayerNorm(config.n_embd)
         self.mlp = nn.Sequential(
             nn.Linear(config.n_embd, 4 * config.n_embd),
-            nn.GELU(approximate="tanh"),  # as in GPT-2
+            nn.GELU(approximate=config.gelu),
             nn.Linear(4 * config.n_embd, config.n_embd),
             nn.Dropout(config.dropout),
         )
@@ -114,6 +119,18 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    @classmethod
+    def from_taming(cls, path: str | Path, n_head: int = 0) -> "GPT":
+        """The transformer in a file of the authors' taming-transformers, as a model without dropout.
+
+        The file does not tell the number of heads. 0: that of the released model of this size, else heads 64
+        wide. Every layer is causal, as in all released models, whatever mask the file holds. Raises
+        FileNotFoundError; ValueError for another file, or a network unlike ours. Nothing in the file is run.
+        """
+        gpt = cls(GPTConfig(**taming.gpt_sizes(path, n_head)))
+        gpt.load_state_dict(taming.gpt_weights(path, gpt.state_dict()))
+        return gpt
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Logits of the next token at each position: tokens (B, T) → (B, T, V).

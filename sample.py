@@ -3,6 +3,9 @@
     python sample.py --checkpoint runs/gpt-demo-scenes-spiral/checkpoint.pt   one picture, a grid of samples
     python sample.py --checkpoint … --count 50000 --out pictures/             numbered files, for FID and such
     python sample.py --checkpoint … --animate samples.gif                     the grid filled code by code
+
+Files of the authors' taming-transformers are sampled too, if they are unconditional. A class-conditional one
+cannot be told from those: its pictures are all of class 0.
 """
 import math
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import run
+import taming
 from gpt import GPT, GPTConfig, check_sampling
 from orderings import ORDERINGS, ranks, roll_up
 from vq import VQ, VQConfig
@@ -24,7 +28,8 @@ from vq import VQ, VQConfig
 class SampleConfig:
     """The defaults are the paper's; `PRESETS` says what differs. Raises ValueError for unworkable values."""
     preset: str = "paper"  # demo, cifar10 or paper: which set of defaults the other flags change
-    checkpoint: str = "runs/gpt-paper-folder-row/checkpoint.pt"  # by train_gpt.py; holds all that is needed
+    checkpoint: str = "runs/gpt-paper-folder-row/checkpoint.pt"  # by train_gpt.py, or by the authors' code
+    n_head: int = 0  # heads in a file of the authors', which does not tell; 0: as in the model they released
     out: str = "samples.png"  # a file ending in .png: one grid of all samples; else a folder: numbered files
     animate: str = ""  # also write this .gif of the first samples being filled code by code
     count: int = 64  # samples
@@ -37,7 +42,7 @@ class SampleConfig:
 
     def __post_init__(self):
         run.check_at_least(self, 1, "count", "batch_size")
-        run.check_at_least(self, 0, "seed")
+        run.check_at_least(self, 0, "seed", "n_head")
         check_sampling(self.temperature, self.top_k, self.top_p)
         if self.animate and not self.animate.endswith(".gif"):
             raise ValueError(f"animate is {self.animate!r}; it must name a .gif file")
@@ -54,49 +59,51 @@ def main(argv: list[str] | None = None):
     """Sample as the command line says."""
     config, _ = run.configure(PRESETS, argv)
     device = run.start(config.device, config.seed).device
-    checkpoint = run.load_checkpoint(config.checkpoint, "gpt")
-    gpt = GPT(GPTConfig(**checkpoint["model_config"])).to(device)
-    gpt.load_state_dict(checkpoint["model"])
-    vq = VQ(VQConfig(**checkpoint["first_stage"]["model_config"])).to(device)
-    vq.load_state_dict(checkpoint["first_stage"]["model"])
-    p = ORDERINGS[checkpoint["config"]["order"]](*checkpoint["grid"]).to(device)  # (T,)
+    gpt, vq, p, grid, start_token = open_model(config, device)
     generator = torch.Generator(device).manual_seed(config.seed)
 
     pictures = Path(config.out)
     one_file = pictures.suffix.lower() == ".png"
-    grid, first = [], None
+    samples, first = [], None
     for start in range(0, config.count, config.batch_size):
         count = min(config.batch_size, config.count - start)
-        codes = sample_codes(gpt, p, checkpoint["grid"], count, config, generator)
-        images = vq.decode(codes)  # (B, C, H, W)
+        prefix = torch.full((count, 1), start_token, device=device)
+        tokens = gpt.generate(prefix, len(p), config.temperature, config.top_k, generator, config.top_p,
+                              sampled_tokens=vq.config.codebook_size)  # (B, 1 + T)
+        images = vq.decode(roll_up(tokens[:, 1:], p, *grid))  # (B, C, H, W)
         first = images[:16] if first is None else first
         if one_file:
-            grid.append(images.cpu())
+            samples.append(images.cpu())
         else:
             for i, pixels in enumerate(run.to_pixels(images), start):
                 run.save_picture(Image.fromarray(pixels.squeeze()), pictures / f"{i:06d}.png")
     if one_file:
         columns = max(1, math.isqrt(config.count))
-        run.save_picture(run.picture_grid(torch.cat(grid), columns=columns), pictures)
+        run.save_picture(run.picture_grid(torch.cat(samples), columns=columns), pictures)
     print(f"{config.count} samples in {pictures}")
     if config.animate:
-        height, width = checkpoint["grid"]
-        frames = filling(first, ranks(p.cpu(), height, width))
+        frames = filling(first, ranks(p.cpu(), *grid))
         duration = [3000 // len(frames)] * (len(frames) - 1) + [1500]  # ms: three seconds, then a pause
         run.save_picture(frames[0], Path(config.animate), save_all=True, append_images=frames[1:], loop=0,
                          duration=duration)
-        print(f"the same being filled code by code in the order {checkpoint['config']['order']} in "
-              f"{config.animate}")
+        print(f"the same being filled code by code in {config.animate}")
 
 
-def sample_codes(gpt: GPT, p: Tensor, grid: tuple[int, int], count: int, config: SampleConfig,
-                 generator: torch.Generator) -> Tensor:
-    """New grids of codes, (count, h, w) int64."""
-    start_token = gpt.config.vocab_size - 1
-    prefix = torch.full((count, 1), start_token, device=p.device)
-    tokens = gpt.generate(prefix, len(p), config.temperature, config.top_k, generator, config.top_p,
-                          sampled_tokens=start_token)
-    return roll_up(tokens[:, 1:], p, *grid)
+def open_model(config: SampleConfig, device: torch.device) -> tuple[GPT, VQ, Tensor, tuple[int, int], int]:
+    """The GPT, the first stage, the order of the codes (T,), the grid's height and width, the start token."""
+    if taming.recognizes(config.checkpoint):
+        p = taming.writing_order(config.checkpoint)
+        gpt, vq = GPT.from_taming(config.checkpoint, config.n_head), VQ.from_taming(config.checkpoint)
+        grid, start_token = (math.isqrt(len(p)), math.isqrt(len(p))), 0  # theirs is a code as well
+    else:
+        checkpoint = run.load_checkpoint(config.checkpoint, "gpt")
+        gpt = GPT(GPTConfig(**checkpoint["model_config"]))
+        gpt.load_state_dict(checkpoint["model"])
+        vq = VQ(VQConfig(**checkpoint["first_stage"]["model_config"]))
+        vq.load_state_dict(checkpoint["first_stage"]["model"])
+        grid, start_token = tuple(checkpoint["grid"]), gpt.config.vocab_size - 1
+        p = ORDERINGS[checkpoint["config"]["order"]](*grid)
+    return gpt.to(device), vq.to(device), p.to(device), grid, start_token
 
 
 def filling(images: Tensor, rank: Tensor) -> list[Image.Image]:

@@ -9,7 +9,7 @@ Trains the first stage before if there is none. Leaves checkpoint.pt, log.jsonl 
 --out. Ctrl-C saves; --resume goes on.
 """
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import run
+import taming
 import train_vq
 from gpt import GPT, GPTConfig, check_sampling
 from orderings import ORDERINGS, roll_up, unroll
@@ -39,7 +40,7 @@ class TrainConfig:
     data: str = "folder"  # scenes (drawn, no files), cifar10, or folder (any folder of pictures)
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
     workers: int = -1  # processes that prepare pictures for the encoder; -1: as many as help
-    vq: str = ""  # first stage's checkpoint; empty: runs/vq-PRESET-DATA/checkpoint.pt, trained if need be
+    vq: str = ""  # first stage: by train_vq.py, or the authors' (vqgan.ckpt); empty: runs/vq-PRESET-DATA/
     views: int = 1  # cached versions of each training picture: plain, then cropped or flipped as in training
     codes_dir: str = "runs/codes"  # folder of the code cache, which all runs share
 
@@ -211,7 +212,7 @@ def open_first_stage(config: TrainConfig, checkpoint: dict | None, process: run.
         process.wait_for_all()
     if checkpoint is not None and not path.exists():
         return checkpoint["first_stage"]  # moved or removed since, but a run keeps a copy
-    found = run.load_checkpoint(path, "vq")
+    found = released_first_stage(path) if taming.recognizes(path) else run.load_checkpoint(path, "vq")
     first_stage = {key: found[key] for key in ("config", "model_config", "model")}
     first_stage |= {"path": str(path), "hash": run.weights_hash(found["model_config"], found["model"])}
     if checkpoint is not None and checkpoint["first_stage"]["hash"] != first_stage["hash"]:
@@ -224,6 +225,18 @@ def open_first_stage(config: TrainConfig, checkpoint: dict | None, process: run.
         raise ValueError(f"{path} was trained on {trained_on}, not on {config.data_dir}: name it with --vq "
                          "to use it all the same, or train another with train_vq.py --out and name that")
     return first_stage
+
+
+def released_first_stage(path: Path) -> dict:
+    """What a file of the authors' has in common with a checkpoint of train_vq.py: config and weights.
+
+    It does not tell the size of the pictures. 16×16 codes are assumed, which is 256×256 for all of f16.
+    """
+    vq = VQ.from_taming(path)
+    config = replace(train_vq.TrainConfig(), data_dir="", image_size=16 * vq.config.downsampling,
+                     **{name: value for name, value in asdict(vq.config).items()
+                        if hasattr(train_vq.TrainConfig, name)})
+    return {"config": asdict(config), "model_config": asdict(vq.config), "model": vq.state_dict()}
 
 
 def finished(path: Path) -> bool:

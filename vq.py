@@ -9,12 +9,14 @@ Symbols: B batch, C channels, H×W pixels, h×w code grid, K codes, D code width
 """
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import taming
 from kernels import nearest_code
 
 
@@ -28,9 +30,11 @@ class VQConfig:
     codebook_size: int = 1024  # K, §A.1
     code_width: int = 256  # D, §A.1
     commitment_weight: float = 0.25  # β, §A.1
+    group_channels: int = 4  # at least so many are normalized together, in at most 32 groups
 
     def __post_init__(self):
-        for name in ("image_channels", "base_channels", "residual_blocks", "codebook_size", "code_width"):
+        for name in ("image_channels", "base_channels", "residual_blocks", "codebook_size", "code_width",
+                     "group_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         parts = self.channel_multipliers.split(",")
@@ -38,9 +42,10 @@ class VQConfig:
             raise ValueError(f"channel_multipliers is {self.channel_multipliers!r}; "
                              "it must be whole numbers like 1,1,2,2,4")
         for width in self.widths:
-            if width % norm_groups(width):
+            groups = norm_groups(width, self.group_channels)
+            if width % groups:
                 raise ValueError(
-                    f"{width} channels do not split into {norm_groups(width)} groups for normalization; "
+                    f"{width} channels do not split into {groups} groups for normalization; "
                     "choose base_channels and channel_multipliers whose products are multiples of 32")
         if not self.commitment_weight >= 0:
             raise ValueError(f"commitment_weight is {self.commitment_weight}; it must not be negative")
@@ -56,9 +61,9 @@ class VQConfig:
         return 2 ** (len(self.widths) - 1)
 
 
-def norm_groups(channels: int) -> int:
-    """Groups for normalization: the authors' 32, fewer for narrow layers so that each keeps four channels."""
-    return min(32, max(1, channels // 4))
+def norm_groups(channels: int, group_channels: int = VQConfig.group_channels) -> int:
+    """Groups for normalization: the authors' 32, fewer for narrow layers so that each keeps some channels."""
+    return min(32, max(1, channels // group_channels))
 
 
 def norm(channels: int) -> nn.GroupNorm:
@@ -200,6 +205,21 @@ class VQ(nn.Module):
         self.encoder = encoder(config)
         self.quantizer = Quantizer(config)
         self.decoder = decoder(config)
+        for layer in self.modules():
+            if isinstance(layer, nn.GroupNorm):
+                layer.num_groups = norm_groups(layer.num_channels, config.group_channels)
+
+    @classmethod
+    def from_taming(cls, path: str | Path) -> "VQ":
+        """The first stage in a file of the authors' taming-transformers: a VQ model's, or a transformer's.
+
+        The file does not tell β. The default is set, which only further training reads: theirs had 1 on the
+        commitment term and 0.25 on the codebook's. Raises FileNotFoundError; ValueError for another file, or
+        a network unlike ours. Nothing in the file is run.
+        """
+        vq = cls(VQConfig(**taming.vq_sizes(path)))
+        vq.load_state_dict(taming.vq_weights(path, vq.state_dict()))
+        return vq
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, C, H, W) → reconstructions (B, C, H, W), codes (B, h, w) int64, quantization loss ()."""

@@ -1,0 +1,266 @@
+"""Files of the authors' later release, taming-transformers: read without trust, and what is where in them.
+
+Such a file is torch.save of a PyTorch Lightning dict: the weights in "state_dict", and beside them the
+optimizer's state and objects of the trainer, for whose sake plain `weights_only=True` refuses the file. Here
+an empty stand-in takes the place of every such object: nothing in the file is run, and neither Lightning nor
+omegaconf is needed. The file is mapped, not read, so that the optimizer's state never enters memory.
+
+A Net2NetTransformer's file has the GPT under `transformer.` and the VQ model under `first_stage_model.`; a
+VQModel's has the latter alone, with no prefix. *Ours* are the names in vq.py and gpt.py, *theirs* the file's.
+"""
+import math
+import pickletools
+import re
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+GROUPS = ("transformer.", "first_stage_model.", "cond_stage_model.", "permuter.")  # of a Net2NetTransformer
+NOT_WEIGHTS = {  # what each group holds beside the network: the losses', a palette, the causal mask
+    "first_stage_model.": r"loss\..+|colorize",
+    "transformer.": r"blocks\.\d+\.attn\.mask",
+}
+# Heads cannot be read off the shapes. They are 64 wide in most released files, but not in FFHQ's and
+# CelebA-HQ's and those of the two scene models: (n_layer, n_embd) → n_head.
+RELEASED_HEADS = {(24, 1664): 16, (36, 1536): 16, (40, 1408): 16}
+LEVELS, BLOCKS, LAYERS = r"encoder\.down\.(\d+)\.", r"encoder\.down\.0\.block\.(\d+)\.", r"blocks\.(\d+)\."
+VQ_PARTS = {"layers.0": "norm1", "layers.2": "conv1", "layers.3": "norm2", "layers.5": "conv2",
+            "shortcut": "nin_shortcut", "out": "proj_out"}  # inside a block: ours → theirs
+GPT_NAMES = {"token_embedding.weight": "tok_emb.weight", "position_embedding.weight": "pos_emb",
+             "norm.": "ln_f.", ".norm_1.": ".ln1.", ".norm_2.": ".ln2.", ".attention.out.": ".attn.proj."}
+# What the trainer's objects are called. Any other name ends the reading.
+TRAINER = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|taming|numpy|collections|typing|argparse"
+    r"|pathlib|datetime)\..+|builtins\.(bool|dict|float|frozenset|int|list|object|range|slice|str|tuple)")
+
+
+class StandIn:
+    """In place of an object of the trainer: takes what the original would be built from, keeps nothing."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class StandInDict:
+    """In place of a subclass of dict: torch fills in items of plain dicts only, so it becomes one."""
+
+    def __new__(cls, *args):
+        return OrderedDict()
+
+
+def recognizes(path: str | Path) -> bool:
+    """Whether a file is to be read as taming's: its dict has a "state_dict", and no "kind" as ours have.
+
+    Its pickle is only disassembled, and a file that cannot be is none: whoever reads it next says why.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            pickled = next(name for name in file.namelist() if name.endswith("/data.pkl"))
+            words = {argument for _, argument, _ in pickletools.genops(file.read(pickled))}
+    except Exception:  # damaged bytes can raise anything
+        return False
+    return "state_dict" in words and "kind" not in words
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The weights in a file, by their names; mapped from the disk, so the file must stay as it is.
+
+    Raises FileNotFoundError; ValueError for a file of another kind, or one that calls for anything but
+    tensors and the trainer's objects.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; name a file of taming-transformers")
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        refused = sorted(name for name in names if not TRAINER.fullmatch(name))
+        stand_ins = [(StandInDict if name.lower().endswith("dict") else StandIn, name) for name in names]
+        if not refused:
+            with torch.serialization.safe_globals(stand_ins):
+                found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # damaged bytes can raise anything
+        raise ValueError(f"{path} is damaged, or was not written by torch.save of version 1.6 or later "
+                         f"({type(error).__name__})") from None
+    if refused:
+        raise ValueError(f"{path} was not opened: it calls for {refused[0]}, which no file of "
+                         "taming-transformers does; nothing in it was run")
+    weights = found.get("state_dict") if isinstance(found, dict) else None
+    if not isinstance(weights, dict) or not weights:
+        raise ValueError(f'{path} has no "state_dict": it is not a file of taming-transformers')
+    for key, weight in weights.items():
+        if not isinstance(key, str) or not isinstance(weight, Tensor):
+            raise ValueError(f"{path} has {key!r} in its state_dict, which is not a tensor with a name")
+    return dict(weights)
+
+
+def network(path: str | Path, group: str) -> dict[str, Tensor]:
+    """The weights of one network, their names without the group's prefix. Raises as `read`."""
+    weights = read(path)
+    if any(key.startswith(GROUPS) for key in weights):
+        for key in weights:
+            if not key.startswith(GROUPS):
+                raise ValueError(f"{path} has {key} beside {', '.join(GROUPS)}; this is not a file of "
+                                 "taming-transformers' Net2NetTransformer")
+        weights = {key.removeprefix(group): value for key, value in weights.items() if key.startswith(group)}
+    return {key: value for key, value in weights.items() if not re.fullmatch(NOT_WEIGHTS[group], key)}
+
+
+def shape(weights: dict[str, Tensor], key: str, dimensions: int, what: str) -> tuple[int, ...]:
+    """The shape of one of the weights. Raises ValueError if it is not there."""
+    if key not in weights or weights[key].ndim != dimensions:
+        raise ValueError(f"{what} in it: {key} with {dimensions} dimensions is missing")
+    return tuple(weights[key].shape)
+
+
+def count(weights: dict[str, Tensor], pattern: str) -> int:
+    """How many different numbers stand at (\\d+) in the names."""
+    return len({match[1] for key in weights if (match := re.match(pattern, key))})
+
+
+def vq_sizes(path: str | Path) -> dict:
+    """The arguments of VQConfig for the first stage in a file. Raises ValueError for one unlike ours."""
+    weights, what = network(path, "first_stage_model."), f"{path} has no VQ model of taming-transformers"
+    base_channels, image_channels, *_ = shape(weights, "encoder.conv_in.weight", 4, what)
+    levels = count(weights, LEVELS)
+    widths = [shape(weights, f"encoder.down.{level}.block.0.conv1.weight", 4, what)[0]
+              for level in range(levels)]
+    codebook_size, code_width = shape(weights, "quantize.embedding.weight", 2, what)
+    z_channels = shape(weights, "quant_conv.weight", 4, what)[1]
+    if not base_channels or base_channels % 32 or any(width % base_channels for width in widths):
+        raise ValueError(f"{path} has {base_channels} channels at first and then {widths}; they must be "
+                         "multiples of 32, and of the first number")
+    if z_channels != code_width:
+        raise ValueError(f"{path} has {z_channels} channels before the projection to codes of {code_width} "
+                         "(z_channels, embed_dim); only models where the two are equal can be read")
+    attention = {int(level) for key in weights
+                 for level in re.findall(r"^(?:encoder\.down|decoder\.up)\.(\d+)\.attn\.", key)}
+    if attention != {levels - 1}:
+        raise ValueError(f"{path} has attention at the resolutions {sorted(attention)} of {levels}; only "
+                         "models with attention at the coarsest, the last, and there alone can be read")
+    return {"image_channels": image_channels, "base_channels": base_channels,
+            "channel_multipliers": ",".join(str(width // base_channels) for width in widths),
+            "residual_blocks": count(weights, BLOCKS),
+            "codebook_size": codebook_size, "code_width": code_width,
+            "group_channels": base_channels // 32}  # theirs: always 32 groups
+
+
+def gpt_sizes(path: str | Path, n_head: int = 0) -> dict:
+    """The arguments of GPTConfig for the transformer in a file. Raises ValueError for one unlike ours."""
+    weights, what = network(path, "transformer."), f"{path} has no transformer of taming-transformers"
+    vocab_size, n_embd = shape(weights, "tok_emb.weight", 2, what)
+    block_size = shape(weights, "pos_emb", 3, what)[1]
+    n_layer = count(weights, LAYERS)
+    if n_head == 0 and n_embd % 64:
+        raise ValueError(f"{path} has a transformer {n_embd} wide, which heads 64 wide do not divide; "
+                         "name their number, n_head")
+    return {"vocab_size": vocab_size, "block_size": block_size, "n_layer": n_layer, "n_embd": n_embd,
+            "n_head": n_head or RELEASED_HEADS.get((n_layer, n_embd), n_embd // 64), "gelu": "none"}
+
+
+def vq_layers(levels: int, blocks: int) -> dict[str, str]:
+    """The layers of `vq.encoder` and `vq.decoder` in a file: "encoder.0" → "encoder.conv_in", and so on."""
+    coarsest = levels - 1
+    middle = ["mid.block_1", "mid.attn_1", "mid.block_2"]
+    encoder = ["conv_in"]
+    for level in range(levels):
+        if level > 0:
+            encoder.append(f"down.{level - 1}.downsample")
+        for block in range(blocks):
+            encoder.append(f"down.{level}.block.{block}")
+            if level == coarsest:
+                encoder.append(f"down.{level}.attn.{block}")
+    encoder += [*middle, "norm_out", "SiLU", "conv_out"]
+    decoder = ["conv_in", *middle]
+    for level in reversed(range(levels)):
+        for block in range(blocks + 1):
+            decoder.append(f"up.{level}.block.{block}")
+            if level == coarsest:
+                decoder.append(f"up.{level}.attn.{block}")
+        if level > 0:
+            decoder.append(f"up.{level}.upsample")
+    decoder += ["norm_out", "SiLU", "conv_out"]
+    return ({f"encoder.{i}": f"encoder.{layer}" for i, layer in enumerate(encoder)}
+            | {f"encoder.{len(encoder)}": "quant_conv", "decoder.0": "post_quant_conv"}
+            | {f"decoder.{i}": f"decoder.{layer}" for i, layer in enumerate(decoder, 1)})
+
+
+def vq_weights(path: str | Path, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first stage in a file, under the names in `ours`, its state_dict. Raises as `gather`."""
+    weights = network(path, "first_stage_model.")
+    layers = vq_layers(count(weights, LEVELS), count(weights, BLOCKS))
+
+    def theirs(name: str) -> list[str]:
+        if name == "quantizer.codebook":
+            return ["quantize.embedding.weight"]
+        half, number, rest = name.split(".", 2)  # encoder, 7, layers.0.weight
+        layer = layers[f"{half}.{number}"]
+        part, _, leaf = rest.rpartition(".")
+        if part == "qkv":
+            return [f"{layer}.{part}.{leaf}" for part in "qkv"]
+        return [".".join([layer, VQ_PARTS.get(part, part), leaf] if part else [layer, leaf])]
+    return gather(path, weights, {name: theirs(name) for name in ours}, ours)
+
+
+def gpt_weights(path: str | Path, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer in a file, under the names in `ours`, its state_dict. Raises as `gather`."""
+    weights = network(path, "transformer.")
+    weights["pos_emb"] = weights["pos_emb"].squeeze(0)  # (1, block_size, n_embd) → (block_size, n_embd)
+
+    def theirs(name: str) -> list[str]:
+        for own, other in GPT_NAMES.items():
+            if own in name:
+                return [name.replace(own, other)]
+        if ".qkv." in name:
+            return [name.replace("attention.qkv", f"attn.{part}") for part in ("query", "key", "value")]
+        return [name]  # head, mlp.0, mlp.2
+    return gather(path, weights, {name: theirs(name) for name in ours}, ours)
+
+
+def gather(path: str | Path, weights: dict[str, Tensor], sources: dict[str, list[str]],
+           ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each of our weights from its sources in the file, where q, k and v are three.
+
+    Raises ValueError if one is missing, has another shape than ours, or is left over.
+    """
+    gathered = {}
+    for name, keys in sources.items():
+        rows, *columns = ours[name].shape
+        wanted = (rows // len(keys), *columns)
+        for key in keys:
+            if key not in weights:
+                raise ValueError(f"{path} has no {key}; the file is incomplete, or of a network unlike ours")
+            if weights[key].shape != wanted:
+                raise ValueError(f"{path} has a {key} of {tuple(weights[key].shape)}, where the network's "
+                                 f"other sizes ask for {wanted}")
+        parts = [weights.pop(key) for key in keys]
+        gathered[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if weights:
+        raise ValueError(f"{path} has {min(weights)}, for which there is no place in our network")
+    return gathered
+
+
+def writing_order(path: str | Path) -> Tensor:
+    """The order (T,) in which an unconditional model writes its square grid; row by row if it names none.
+
+    A condition shows in the model that encodes it, or in more positions than codes; a class in neither. So
+    a class-conditional file passes as unconditional and, the start token being 0, writes pictures of class 0.
+    Raises ValueError for other conditions.
+    """
+    weights, positions = read(path), gpt_sizes(path, n_head=1)["block_size"]
+    order = weights.get("permuter.forward_shuffle_idx", torch.arange(positions))  # (T,)
+    if not torch.equal(order.sort().values, torch.arange(order.numel())):
+        raise ValueError(f"{path} has a permuter.forward_shuffle_idx that is not a permutation")
+    cells = len(order)
+    if any(key.startswith("cond_stage_model.") for key in weights):
+        raise ValueError(f"{path} writes pictures to a condition (cond_stage_model); only unconditional "
+                         "models of taming-transformers can be sampled")
+    if cells != positions or math.isqrt(cells) ** 2 != cells:
+        raise ValueError(f"{path} has {positions} positions, which are not those of a square grid of codes: "
+                         "some belong to a condition; only unconditional models of taming-transformers can "
+                         "be sampled")
+    return order
