@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import nearest_code
+from losses import PatchDiscriminator, PerceptualLoss  # used only in training, but part of the first stage
 
 
 @dataclass(frozen=True)
