@@ -76,14 +76,15 @@ class PerceptualLoss(nn.Module):
         if backbone not in TAPS:
             raise ValueError(f"backbone is {backbone!r}; choose one of {', '.join(TAPS)}")
         self.backbone = backbone
-        self.features = backbone_layers(backbone)
-        self.heads = nn.ParameterList(torch.empty(1, width, 1, 1) for width in TAPS[backbone].values())
+        with torch.device("meta"):  # nothing drawn at random: weights come from files
+            self.features = backbone_layers(backbone)
+            self.heads = nn.ParameterList(torch.empty(1, width, 1, 1) for width in TAPS[backbone].values())
         # ImageNet's mean and deviation, (.485, .456, .406) and (.229, .224, .225), for [−1, 1]: LPIPS v0.1.
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
         files = [Path(weights_path)] if weights_path else [fetched(*place) for place in PLACES[backbone]]
         weights = {name: weight for file in files for name, weight in read_weights(file).items()}
-        self.load_state_dict(matched(weights, self.state_dict(), files, backbone))
+        self.load_state_dict(matched(weights, self.state_dict(), files, backbone), assign=True)
         self.requires_grad_(False)
         self.eval()
 
@@ -168,7 +169,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def matched(weights: dict[str, Tensor], expected: dict[str, Tensor], files: list[Path],
             backbone: str) -> dict[str, Tensor]:
-    """The weights under our names, each one there and none left over. ValueError names one that is not so."""
+    """The weights under our names, in float32, each there and none left over. ValueError: it is not so."""
     names = {re.sub(r"heads\.(\d)", r"lin\1.model.1.weight", ours): ours for ours in expected}
     problems = [f"there is no {name}" for name in names if name not in weights]
     for name, weight in weights.items():
@@ -180,7 +181,7 @@ def matched(weights: dict[str, Tensor], expected: dict[str, Tensor], files: list
     if problems:
         raise ValueError(f"{' and '.join(map(str, files))} cannot be the LPIPS weights of {backbone}: "
                          f"{problems[0]} ({len(problems)} such problems); {ADVICE}")
-    return {ours: weights[name] for name, ours in names.items()}
+    return {ours: weights[name].float() for name, ours in names.items()}
 
 
 class PatchDiscriminator(nn.Module):
@@ -221,14 +222,6 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def generator_loss(discriminator: nn.Module, reconstructions: Tensor) -> Tensor:
-    """−mean D(x̂), scalar: its gradient passes through the discriminator and leaves nothing there."""
-    discriminator.requires_grad_(False)
-    loss = -discriminator(reconstructions).mean()
-    discriminator.requires_grad_(True)
-    return loss
-
-
 def adaptive_weight(nll: Tensor, generator: Tensor, last_layer: Tensor, world: int = 1) -> Tensor:
     """λ = ‖∇nll‖ / (‖∇generator‖ + 1e-4) in [0, 1e4], scalar, no gradient: both pull equally on the pictures.
 
@@ -241,3 +234,70 @@ def adaptive_weight(nll: Tensor, generator: Tensor, last_layer: Tensor, world: i
         torch.distributed.all_reduce(gradients)
     of_nll, of_generator = (gradients / world).flatten(1).norm(dim=1)
     return (of_nll / (of_generator + 1e-4)).clamp(0, 1e4)
+
+
+class Adversary:
+    """The discriminator, its weight, its Adam, and the steps from which it trains and is heard."""
+
+    def __init__(self, discriminator: PatchDiscriminator, weight: float, betas: tuple[float, float],
+                 steps: tuple[int, int], world: int = 1):
+        self.discriminator, self.weight, self.world = discriminator, weight, world
+        self.trains_from, self.heard_from = steps
+        self.optimizer = torch.optim.Adam(discriminator.parameters(), betas=betas)
+
+    def generator_loss(self, reconstructions: Tensor) -> Tensor:
+        """−mean D(x̂), scalar: its gradient passes through the discriminator and leaves nothing there."""
+        self.discriminator.requires_grad_(False)
+        loss = -self.discriminator(reconstructions).mean()
+        self.discriminator.requires_grad_(True)
+        return loss
+
+    def train(self, images: Tensor, reconstructions: Tensor, lr: float) -> dict[str, Tensor]:
+        """One step on pictures and their reconstructions (B, C, H, W); its loss and mean logits, for the log.
+
+        The two pass apart, so that neither is normalized by the other's statistics. Several processes average
+        their gradients here: DistributedDataParallel overwrites the norms' buffers in each of two passes.
+        """
+        real = self.discriminator(images)  # (B, 1, h', w')
+        fake = self.discriminator(reconstructions.detach())
+        loss = hinge_loss(real, fake)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.world > 1:
+            for weight in self.discriminator.parameters():
+                torch.distributed.all_reduce(weight.grad)
+                weight.grad /= self.world
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        return {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+
+    def state_dict(self) -> dict:
+        return {"discriminator": self.discriminator.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "steps": [self.trains_from, self.heard_from]}
+
+    def load_state_dict(self, state: dict, step: int):
+        """Go on after `step`. A longer run's schedule is later; but what has begun does not stop again."""
+        self.discriminator.load_state_dict(state["discriminator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.trains_from, self.heard_from = (before if before <= step else now for before, now in zip(
+            state["steps"], (self.trains_from, self.heard_from)))
+
+
+def autoencoder_loss(images: Tensor, reconstructions: Tensor, quantization_loss: Tensor,
+                     perceptual: PerceptualLoss | None, perceptual_weight: float, adversary: Adversary | None,
+                     last_layer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the autoencoder minimizes, and its parts for the log, all scalar; None leaves a part out.
+
+    Of images and reconstructions (B, C, H, W); `last_layer` is the decoder's last weight.
+    """
+    parts = {"l1": F.l1_loss(reconstructions, images), "vq": quantization_loss}
+    nll = parts["l1"]
+    if perceptual:
+        parts["perceptual"] = perceptual(images, reconstructions).mean()
+        nll = nll + perceptual_weight * parts["perceptual"]
+    loss = nll + quantization_loss
+    if adversary:
+        generator_loss = adversary.generator_loss(reconstructions)
+        parts["lambda"] = adaptive_weight(nll, generator_loss, last_layer, adversary.world)
+        loss = loss + adversary.weight * parts["lambda"] * generator_loss
+    return loss, parts

@@ -5,6 +5,7 @@ weight file; derivatives by hand; literal logits; identities (a picture is at di
 the likelihood scales λ). And the values that the original programs give, where PARITY_DATA names a folder
 with lpips_seed0.npz, vqgan_f16_seed0.npz, taming_vqgan_f16_1024_keys.txt and the two files of LPIPS weights.
 """
+import copy
 import math
 import os
 import urllib.error
@@ -19,7 +20,8 @@ from torch import Tensor
 
 import losses
 import vq
-from losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, generator_loss, hinge_loss
+from losses import (Adversary, PatchDiscriminator, PerceptualLoss, adaptive_weight, autoencoder_loss,
+                    hinge_loss)
 
 # The convolutions of torchvision's networks: index in `features`, channels in and out, size, stride, padding.
 VGG16 = [(0, 3, 64, 3, 1, 1), (2, 64, 64, 3, 1, 1), "tap", "pool",
@@ -367,14 +369,82 @@ def test_the_hinge_loss_of_literal_logits():
     assert hinge_loss(torch.ones(2), -torch.ones(2)).item() == 0
 
 
+def adversary(steps: tuple[int, int] = (1, 1)) -> Adversary:
+    return Adversary(PatchDiscriminator(base_channels=4, layers=1), 0.8, (0.5, 0.9), steps)
+
+
 def test_the_generators_loss_is_minus_the_mean_logit_and_leaves_no_gradient_in_the_discriminator():
-    network = PatchDiscriminator(base_channels=4, layers=1)
+    opponent = adversary()
     images = pictures(2, 8).requires_grad_()
-    loss = generator_loss(network, images)
-    assert loss.item() == pytest.approx(-network(images).mean().item(), rel=1e-6)
+    loss = opponent.generator_loss(images)
+    assert loss.item() == pytest.approx(-opponent.discriminator(images).mean().item(), rel=1e-6)
     loss.backward()
     assert images.grad.abs().max() > 0
-    assert all(weight.grad is None and weight.requires_grad for weight in network.parameters())
+    assert all(weight.grad is None and weight.requires_grad for weight in opponent.discriminator.parameters())
+
+
+def test_a_step_of_the_discriminator_is_adam_on_the_hinge_loss_of_two_separate_passes():
+    opponent, images, fakes = adversary(), pictures(2, 8), pictures(2, 8).requires_grad_()
+    network = PatchDiscriminator(base_channels=4, layers=1)
+    network.load_state_dict(opponent.discriminator.state_dict())
+    adam = torch.optim.Adam(network.parameters(), 0.01, betas=(0.5, 0.9))
+    for _ in range(2):
+        numbers = opponent.train(images, fakes, lr=0.01)
+        real, fake = network(images), network(fakes.detach())
+        loss = (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()) / 2
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        expected = {"discriminator": loss.item(), "logits_real": real.mean().item(),
+                    "logits_fake": fake.mean().item()}
+        assert {name: value.item() for name, value in numbers.items()} == pytest.approx(expected, rel=1e-5)
+    for weight, other in zip(opponent.discriminator.parameters(), network.parameters()):
+        assert torch.allclose(weight, other, atol=1e-6)
+    assert fakes.grad is None
+
+
+def test_the_discriminator_learns_to_tell_noise_from_a_ramp():
+    opponent, ramp = adversary(), torch.linspace(-1, 1, 8).expand(4, 3, 8, 8)
+    numbers = [opponent.train(ramp, pictures(4, 8), lr=0.01) for _ in range(40)]
+    assert numbers[0]["discriminator"] > 0.8 and numbers[-1]["discriminator"] < 0.3
+    assert numbers[-1]["logits_real"] > 0.3 > -0.3 > numbers[-1]["logits_fake"]
+
+
+def test_an_adversary_goes_on_where_it_was_and_what_has_begun_does_not_stop():
+    one, two = adversary(steps=(4, 6)), adversary(steps=(40, 60))
+    images, fakes = pictures(2, 8), pictures(2, 8)
+    one.train(images, fakes, 0.01)
+    state = copy.deepcopy(one.state_dict())  # as a file would be
+    two.load_state_dict(state, step=3)
+    assert (two.trains_from, two.heard_from) == (40, 60)  # neither had begun: a longer run's own schedule
+    two.load_state_dict(state, step=5)
+    assert (two.trains_from, two.heard_from) == (4, 60)
+    numbers = [opponent.train(images, fakes, 0.01)["discriminator"] for opponent in (one, two)]
+    assert torch.equal(*numbers)
+    for weight, other in zip(one.discriminator.parameters(), two.discriminator.parameters()):
+        assert torch.equal(weight, other)
+
+
+def test_the_autoencoders_loss_is_the_sum_of_its_parts(alexnet):
+    opponent, last = adversary(), nn.Conv2d(2, 3, 3, padding=1)
+    images, quantization_loss = pictures(), torch.tensor(0.25)
+    fakes = last(torch.randn(2, 2, 32, 32))
+    l1, lpips = (fakes - images).abs().mean().item(), alexnet(images, fakes).mean().item()
+    logits = opponent.discriminator(fakes).mean().item()
+
+    def loss(*rest):
+        total, parts = autoencoder_loss(images, fakes, quantization_loss, *rest, last.weight)
+        return total.item(), {name: part.item() for name, part in parts.items()}
+
+    assert loss(None, 1.0, None) == (pytest.approx(l1 + 0.25), pytest.approx({"l1": l1, "vq": 0.25}))
+    total, parts = loss(alexnet, 2.0, None)
+    assert parts == pytest.approx({"l1": l1, "vq": 0.25, "perceptual": lpips}, rel=1e-5)
+    assert total == pytest.approx(l1 + 2 * lpips + 0.25, rel=1e-5)
+    total, parts = loss(alexnet, 2.0, opponent)
+    nll = (fakes - images).abs().mean() + 2 * alexnet(images, fakes).mean()  # λ knows LPIPS, not the codebook
+    expected = adaptive_weight(nll, -opponent.discriminator(fakes).mean(), last.weight).item()
+    assert parts["lambda"] == pytest.approx(expected, rel=1e-4)
+    assert total == pytest.approx(l1 + 2 * lpips + 0.25 - 0.8 * expected * logits, rel=1e-4)
 
 
 def test_the_adaptive_weight_is_the_ratio_of_the_gradients_lengths():
@@ -394,7 +464,7 @@ def test_the_adaptive_weight_is_the_ratio_of_the_gradients_lengths():
 def test_the_adaptive_weight_makes_both_gradients_equally_long_at_the_last_layer():
     last = nn.Conv2d(2, 3, 3, padding=1)
     images = last(torch.randn(2, 2, 32, 32))
-    nll, generator = images.abs().mean(), generator_loss(PatchDiscriminator(), images)
+    nll, generator = images.abs().mean(), -PatchDiscriminator()(images).mean()
     weighted = adaptive_weight(nll, generator, last.weight) * generator
     lengths = [torch.autograd.grad(loss, last.weight, retain_graph=True)[0].norm().item()
                for loss in (nll, weighted)]
