@@ -92,9 +92,6 @@ class TrainConfig:
         if self.image_size < smallest:
             raise ValueError(f"image_size is {self.image_size}, too small for this perceptual loss or "
                              f"discriminator; choose at least {smallest}, or do without one of the two")
-        if self.perceptual_weights and self.perceptual == "none":
-            raise ValueError("perceptual_weights names a file but perceptual is 'none'; "
-                             "add --perceptual vgg16 or alexnet, whichever it is for")
 
     @property
     def adversarial(self) -> bool:
@@ -234,6 +231,9 @@ def main(argv: list[str] | None = None) -> Path:
 
 def open_perceptual_loss(config: TrainConfig, process: run.Process) -> PerceptualLoss | None:
     if config.perceptual == "none":
+        if config.perceptual_weights:
+            raise ValueError("perceptual_weights names a file but perceptual is 'none'; "
+                             "add --perceptual vgg16 or alexnet, whichever it is for")
         return None
     if process.rank > 0:
         process.wait_for_all()  # until the first has fetched the weights
