@@ -49,7 +49,7 @@ class TrainConfig:
     restart_every: int = 100  # steps after which codes that were not used move onto encoder outputs; 0: never
 
     perceptual: str = "vgg16"  # LPIPS beside L1, §A.1, by the features of vgg16 or alexnet; or none
-    perceptual_weights: str = ""  # file of LPIPS weights; empty: fetched once, 528 MB (alexnet: 233 MB)
+    perceptual_weights: str = ""  # file of LPIPS weights; empty: fetched once, 553 MB (alexnet: 244 MB)
     perceptual_weight: float = 1.0  # of LPIPS; this and the next three as in the authors' released model
     discriminator_weight: float = 0.8  # of the discriminator's gradient beside that of L1 + LPIPS; 0: none
     discriminator_start: float = 0.5  # share of the steps after which the autoencoder hears it; 1: never
