@@ -5,20 +5,22 @@
     python train_vq.py --data folder --data-dir my_pictures   your own pictures
     torchrun --nproc-per-node 4 train_vq.py --preset paper    several GPUs
 
-Leaves checkpoint.pt, log.jsonl and pictures (inputs above reconstructions) in --out. Ctrl-C saves; --resume
-goes on.
+Leaves checkpoint.pt, log.jsonl and pictures in --out: inputs above reconstructions, and the use of each code
+(bright: often, red: never). Ctrl-C saves; --resume goes on.
 """
 import itertools
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import data
 import run
+from losses import SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, autoencoder_loss
 from vq import VQ, VQConfig, as_vectors, codebook_use
 
 
@@ -46,6 +48,14 @@ class TrainConfig:
     commitment_weight: float = VQConfig.commitment_weight  # beta, pull of the encoder towards its code, §A.1
     restart_every: int = 100  # steps after which codes that were not used move onto encoder outputs; 0: never
 
+    perceptual: str = "vgg16"  # LPIPS beside L1, §A.1, by the features of vgg16 or alexnet; or none
+    perceptual_weights: str = ""  # file of LPIPS weights; empty: fetched once, 553 MB (alexnet: 244 MB)
+    perceptual_weight: float = 1.0  # of LPIPS; this and the next three as in the authors' released model
+    discriminator_weight: float = 0.8  # of the discriminator's gradient beside that of L1 + LPIPS; 0: none
+    discriminator_start: float = 0.5  # share of the steps after which the autoencoder hears it; 1: never
+    discriminator_warmup: float = 0.02  # share of the steps, before its start, in which it trains unheard
+    discriminator_layers: int = 3  # its depth: 3 judges patches of 70×70 pixels, 2 of 34×34, 1 of 16×16
+
     steps: int = 500_000  # training steps; the paper gives none
     batch_size: int = 12  # pictures per step, over all processes, §A.1
     lr: float = 12 * 4.5e-6  # learning rate, §A.1
@@ -59,14 +69,16 @@ class TrainConfig:
     checkpoint_every: int = 5000  # steps between two checkpoints
 
     KIND = "vq"
-    CHANGEABLE = ("out", "resume", "device", "workers", "steps", "lr", "log_every", "eval_every",
-                  "checkpoint_every")
+    CHANGEABLE = ("out", "resume", "device", "workers", "perceptual_weights", "steps", "lr", "log_every",
+                  "eval_every", "checkpoint_every")
 
     def __post_init__(self):
         run.check_choice("data", self.data, data.DATASETS)
-        run.check_at_least(self, 1, "image_size", "steps", "batch_size", "log_every", "eval_every",
-                           "checkpoint_every")
-        run.check_at_least(self, 0, "seed", "restart_every", "warmup_steps", "lr")
+        run.check_choice("perceptual", self.perceptual, ("none", *SMALLEST))
+        run.check_at_least(self, 1, "image_size", "discriminator_layers", "steps", "batch_size", "log_every",
+                           "eval_every", "checkpoint_every")
+        run.check_at_least(self, 0, "seed", "restart_every", "warmup_steps", "lr", "perceptual_weight",
+                           "discriminator_weight", "discriminator_start", "discriminator_warmup")
         run.check_at_least(self, -1, "workers")
         run.check_betas(self)
         if self.codebook_size > 65536:
@@ -76,6 +88,20 @@ class TrainConfig:
             raise ValueError(f"image_size is {self.image_size}, which channel_multipliers "
                              f"{self.channel_multipliers!r} cannot halve evenly; choose a multiple of "
                              f"{self.model.downsampling}")
+        smallest = max(SMALLEST.get(self.perceptual, 1), 3 * 2**self.discriminator_layers * self.adversarial)
+        if self.image_size < smallest:
+            raise ValueError(f"image_size is {self.image_size}, too small for this perceptual loss or "
+                             f"discriminator; choose at least {smallest}, or do without one of the two")
+
+    @property
+    def adversarial(self) -> bool:
+        return self.discriminator_weight > 0 and self.discriminator_start < 1
+
+    @property
+    def discriminator_steps(self) -> tuple[int, int]:
+        """The first step in which the discriminator trains, and the first in which it is heard."""
+        early = max(0.0, self.discriminator_start - self.discriminator_warmup)
+        return round(early * self.steps) + 1, round(self.discriminator_start * self.steps) + 1
 
     @property
     def folder(self) -> Path:
@@ -92,13 +118,14 @@ PRESETS = {
     "demo": TrainConfig(
         preset="demo", data="scenes", data_dir="data", image_size=32, base_channels=16,
         channel_multipliers="1,2,4", residual_blocks=1, codebook_size=256, code_width=32, restart_every=25,
-        steps=1100, batch_size=8, lr=1e-3, beta1=0.9, beta2=0.99, warmup_steps=50, decay=True, log_every=50,
-        eval_every=500, checkpoint_every=250),
+        perceptual="none", discriminator_weight=0.0, steps=1100, batch_size=8, lr=1e-3, beta1=0.9, beta2=0.99,
+        warmup_steps=50, decay=True, log_every=50, eval_every=500, checkpoint_every=250),
     # §2: "we only downsample once": 32×32 → 16×16 of 1,024 codes.
     "cifar10": TrainConfig(
         preset="cifar10", data="cifar10", data_dir="data", image_size=32, flip=True, base_channels=64,
-        channel_multipliers="1,2", steps=30_000, batch_size=128, lr=3e-4, beta1=0.9, beta2=0.99,
-        warmup_steps=200, decay=True, restart_every=50, eval_every=2500, checkpoint_every=1000),
+        channel_multipliers="1,2", perceptual="none", discriminator_weight=0.0, steps=30_000, batch_size=128,
+        lr=3e-4, beta1=0.9, beta2=0.99, warmup_steps=200, decay=True, restart_every=50, eval_every=2500,
+        checkpoint_every=1000),
     "paper": TrainConfig(),
 }
 
@@ -115,12 +142,14 @@ def main(argv: list[str] | None = None) -> Path:
         data.open_dataset(config.data, config.data_dir, split, config.image_size, config.flip, config.upscale)
         for split in ("train", "val"))
     workers = data.worker_count(config.workers, config.data)
+    perceptual = open_perceptual_loss(config, process)
     config.folder.mkdir(parents=True, exist_ok=True)
 
     vq = VQ(config.model).to(device)
     model = DistributedDataParallel(vq) if world > 1 else vq
     optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2),
                                  fused=device.type == "cuda")
+    adversary = open_adversary(config, process)
     uses = torch.zeros(config.codebook_size, dtype=torch.int64, device=device)  # (K,) recent uses of a code
     first_step = 0
     if checkpoint:
@@ -128,6 +157,8 @@ def main(argv: list[str] | None = None) -> Path:
         vq.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         uses.copy_(checkpoint["uses"])
+        if adversary:
+            adversary.load_state_dict(checkpoint["adversary"], first_step)
         run.set_random_state(checkpoint["random"])
 
     def save(step: int):
@@ -135,7 +166,7 @@ def main(argv: list[str] | None = None) -> Path:
             run.save_checkpoint(path, {
                 "kind": "vq", "config": asdict(config), "model_config": asdict(config.model),
                 "model": vq.state_dict(), "optimizer": optimizer.state_dict(), "uses": uses, "step": step,
-                "random": run.random_state()})
+                "adversary": adversary and adversary.state_dict(), "random": run.random_state()})
 
     if rank == 0:
         parameters = sum(weight.numel() for weight in vq.parameters())
@@ -157,13 +188,18 @@ def main(argv: list[str] | None = None) -> Path:
                 group["lr"] = lr
             images = next(batches)  # (B, C, H, W)
             with process.autocast():
-                reconstructions, codes, quantization_loss = model(images)
-            pixel_loss = F.l1_loss(reconstructions.float(), images)
+                reconstructions, codes, quantization_loss = model(images)  # once, for both optimizers
+            reconstructions = reconstructions.float()
+            heard = adversary if adversary and step >= adversary.heard_from else None
+            loss, parts = autoencoder_loss(images, reconstructions, quantization_loss, perceptual,
+                                           config.perceptual_weight, heard, vq.decoder[-1].weight)
             optimizer.zero_grad(set_to_none=True)
-            (pixel_loss + quantization_loss).backward()
+            loss.backward()
             optimizer.step()
+            if adversary and step >= adversary.trains_from:
+                parts |= adversary.train(images, reconstructions, lr)
 
-            log.add(l1=pixel_loss, vq=quantization_loss)
+            log.add(**parts)
             uses += torch.bincount(codes.flatten(), minlength=config.codebook_size)
             if config.restart_every and step % config.restart_every == 0:
                 restart_dead_codes(vq, optimizer, process.total(uses), images, process)
@@ -174,12 +210,13 @@ def main(argv: list[str] | None = None) -> Path:
             saving = step % config.checkpoint_every == 0 or last or stop
             if evaluating:
                 picture = config.folder / f"step-{step:06d}.png"
-                scores = evaluate(vq, validation, config, process, picture)
-                scores_text = (f" · val L1 {scores['val_l1']:.4f} · {scores['codes_used']} of "
+                scores = evaluate(vq, perceptual, validation, config, process, picture)
+                lpips_text = f" LPIPS {scores['val_lpips']:.4f}" if perceptual else ""
+                scores_text = (f" · val L1 {scores['val_l1']:.4f}{lpips_text} · {scores['codes_used']} of "
                                f"{config.codebook_size} codes in use, perplexity {scores['perplexity']:.0f}")
             if evaluating or saving or step % config.log_every == 0:
                 means = log.means()
-                text = f"train L1 {means['l1']:.4f} + vq {means['vq']:.4f}{scores_text} · lr {lr:.1e}"
+                text = f"{loss_text(means)}{scores_text} · lr {lr:.1e}"
                 numbers = means | {"lr": lr} | (scores if evaluating else {})
                 log.line(step, text, numbers, "images", config.batch_size)
             if saving:
@@ -190,6 +227,37 @@ def main(argv: list[str] | None = None) -> Path:
     if rank == 0:
         print(f"done in {log.elapsed()} · {path} · {picture}")
     return path
+
+
+def open_perceptual_loss(config: TrainConfig, process: run.Process) -> PerceptualLoss | None:
+    if config.perceptual == "none":
+        if config.perceptual_weights:
+            raise ValueError("perceptual_weights names a file but perceptual is 'none'; "
+                             "add --perceptual vgg16 or alexnet, whichever it is for")
+        return None
+    if process.rank > 0:
+        process.wait_for_all()  # until the first has fetched the weights
+    perceptual = PerceptualLoss(config.perceptual_weights, config.perceptual).to(process.device)
+    if process.rank == 0:
+        process.wait_for_all()
+    return perceptual
+
+
+def open_adversary(config: TrainConfig, process: run.Process) -> Adversary | None:
+    if not config.adversarial:
+        return None
+    with torch.random.fork_rng(devices=[]):  # the autoencoder starts as it would without
+        network = PatchDiscriminator(config.model.image_channels, layers=config.discriminator_layers)
+    return Adversary(network.to(process.device), config.discriminator_weight, (config.beta1, config.beta2),
+                     config.discriminator_steps, process.world)
+
+
+def loss_text(means: dict[str, float]) -> str:
+    """The status line's account of the losses that this run has by now."""
+    texts = {"l1": "train L1 {:.4f}", "perceptual": " + LPIPS {:.4f}", "vq": " + vq {:.4f}",
+             "lambda": " · λ {:.3g}", "discriminator": " · discriminator {:.3f}",
+             "logits_real": ", logits real {:+.2f}", "logits_fake": " fake {:+.2f}"}
+    return "".join(text.format(means[name]) for name, text in texts.items() if name in means)
 
 
 def initialize_codebook(vq: VQ, training, config: TrainConfig, process: run.Process):
@@ -219,28 +287,49 @@ def restart_dead_codes(vq: VQ, optimizer: torch.optim.Optimizer, uses: Tensor, i
 
 
 @torch.no_grad()
-def evaluate(vq: VQ, validation, config: TrainConfig, process: run.Process,
+def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: TrainConfig, process: run.Process,
              picture: Path) -> dict[str, float]:
-    """L1 and codebook use over all validation pictures; writes some inputs above their reconstructions."""
+    """L1, LPIPS (of what can be shown, in [−1, 1]) and codebook use over all validation pictures.
+
+    Writes some inputs above their reconstructions, and the use of each code; warns if hardly any is used.
+    """
     counts = torch.zeros(config.codebook_size, device=process.device)  # (K,)
-    error = torch.zeros(2, device=process.device)  # sum over pictures, number of pictures
+    sums = torch.zeros(3, device=process.device)  # of L1 and LPIPS over pictures, number of pictures
     batch_size = max(16, config.batch_size // process.world)
     order = data.fixed_order(len(validation), batch_size, rank=process.rank, world=process.world)
     workers = data.worker_count(config.workers, config.data)
     for i, images in enumerate(data.load(validation, order, process.device, workers)):
         with process.autocast():
             reconstructions, codes, _ = vq(images)
-        error[0] += (reconstructions - images).abs().mean((1, 2, 3)).sum()
-        error[1] += len(images)
+        sums[0] += (reconstructions - images).abs().mean((1, 2, 3)).sum()
+        if perceptual:
+            sums[1] += perceptual(images, reconstructions.float().clamp(-1, 1)).sum()
+        sums[2] += len(images)
         counts += torch.bincount(codes.flatten(), minlength=config.codebook_size)
         if i == 0 and process.rank == 0:
             columns = min(8, len(images))
             rows = zip(images[:16].split(columns), reconstructions[:16].split(columns))
             rows = [row for pair in rows if len(pair[0]) == columns for row in pair]
             run.save_picture(run.picture_grid(torch.cat(rows), columns), picture)
-    total, pictures = process.total(error).tolist()
-    used, perplexity = codebook_use(process.total(counts))
-    return {"val_l1": total / pictures, "codes_used": used, "perplexity": perplexity}
+    l1, lpips, pictures = process.total(sums).tolist()
+    counts = process.total(counts)
+    used, perplexity = codebook_use(counts)
+    if process.rank == 0:
+        run.save_picture(picture_of_use(counts), picture.with_name(f"{picture.stem}-codes.png"))
+        if used < 0.05 * min(len(counts), int(counts.sum())):
+            print(f"warning: the validation pictures use {used} of {len(counts)} codes; what helps: a "
+                  "--restart-every of 25 to 100, a smaller --code-width or --codebook-size, a lower --lr",
+                  flush=True)
+    scores = {"val_l1": l1 / pictures, "codes_used": used, "perplexity": perplexity}
+    return scores | ({"val_lpips": lpips / pictures} if perceptual else {})
+
+
+def picture_of_use(counts: Tensor) -> Image.Image:
+    """A cell for each code: the larger counts (K,) the brighter, on a log scale; red for 0."""
+    shades = 2 * counts.log1p() / counts.max().log1p() - 1  # (K,) in [−1, 1]
+    unused = torch.tensor([1.0, -1.0, -1.0], device=counts.device)
+    cells = torch.where(counts[:, None] > 0, shades[:, None], unused)  # (K, 3)
+    return run.picture_grid(cells[:, :, None, None], columns=math.ceil(math.sqrt(len(counts))), side=12)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import taming
 from kernels import nearest_code
+from losses import PatchDiscriminator, PerceptualLoss  # used only in training, but part of the first stage
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,377 @@
+"""The first stage's training with the losses of losses.py, on twenty small pictures in a folder.
+
+Oracles: the plain loop of L1 and quantization loss written out; the run that was never interrupted, bit for
+bit; one process, for two; values computed again from the checkpoint; the error's literal sentence. The
+perceptual loss has AlexNet's layers with weights drawn at random.
+"""
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import losses
+import run
+import train_vq
+from vq import VQ, VQConfig, as_vectors
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ("--data folder --image-size 32 --base-channels 8 --channel-multipliers 1,2 --codebook-size 16 "
+         "--code-width 4 --batch-size 4 --restart-every 3 --log-every 1 --eval-every 20 --device cpu").split()
+ADVERSARIAL = ("--discriminator-weight 0.8 --discriminator-layers 1 --discriminator-start 0.5 "
+               "--discriminator-warmup 0.25").split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """16 training and 4 validation pictures of 32×32, a bright square on a dark ground; and LPIPS weights."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 4)):
+        (folder / split).mkdir()
+        for i in range(count):
+            pixels = np.full((32, 32, 3), 40, np.uint8)
+            y, x = random.integers(0, 16, 2)
+            pixels[y:y + 16, x:x + 16] = random.integers(100, 255, 3)
+            Image.fromarray(pixels).save(folder / split / f"{i}.png")
+    torch.manual_seed(0)
+    layers = losses.backbone_layers("alexnet").state_dict()
+    weights = {f"features.{name}": weight for name, weight in layers.items()}
+    weights |= {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1)
+                for i, width in enumerate(losses.TAPS["alexnet"].values())}
+    torch.save(weights, folder / "alexnet.pth")
+    return folder
+
+
+def flags(folder: Path, out: Path, perceptual: bool = True, adversarial: bool = True) -> list[str]:
+    return [*FLAGS, "--data-dir", str(folder), "--out", str(out), *(ADVERSARIAL if adversarial else ()),
+            *(["--perceptual", "alexnet", "--perceptual-weights", str(folder / "alexnet.pth")]
+              if perceptual else ())]
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory) -> Path:
+    """A checkpoint after 12 steps: the discriminator trains from step 4 on, and is heard from step 7 on."""
+    return train_vq.main([*flags(folder, tmp_path_factory.mktemp("trained")), "--steps", "12"])
+
+
+def log_of(checkpoint: Path) -> list[dict]:
+    return [json.loads(line) for line in (checkpoint.parent / "log.jsonl").read_text().splitlines()]
+
+
+def tensors(tree, name="") -> dict[str, torch.Tensor]:
+    """All tensors of a nested dict or list, by path."""
+    if isinstance(tree, torch.Tensor):
+        return {name: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return {path: tensor for key, value in items for path, tensor in tensors(value, f"{name}/{key}").items()}
+
+
+def differences(path: Path, other: Path) -> list[str]:
+    a, b = (tensors(torch.load(file, weights_only=True)) for file in (path, other))
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def shell(arguments: list[str], monkeypatch, capsys) -> tuple[int, str]:
+    """What the shell sees: exit status and standard error."""
+    monkeypatch.setattr(sys, "argv", ["train_vq.py", *arguments])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ending:
+        run.command_line(train_vq.main)
+    return ending.value.code, capsys.readouterr().err
+
+
+# What is trained
+
+
+def test_without_perceptual_loss_and_discriminator_the_loop_is_l1_and_quantization_loss(folder, tmp_path):
+    """Bit for bit: the demo and cifar10 presets train like this."""
+    found = train_vq.main([*flags(folder, tmp_path, False, False), "--steps", "8", "--restart-every", "0"])
+    config = train_vq.TrainConfig(**torch.load(found, weights_only=True)["config"])
+    dataset = data.open_dataset("folder", str(folder), "train", 32)
+
+    def batches():
+        return data.load(dataset, data.training_order(16, 4, seed=0), torch.device("cpu"), workers=0)
+
+    torch.manual_seed(0)
+    vq = VQ(config.model)
+    optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2))
+    with torch.no_grad():
+        vq.quantizer.initialize(as_vectors(vq.latents(next(batches()))))  # 4·256 vectors, enough for 16 codes
+    for step, images in zip(range(8), batches()):
+        for group in optimizer.param_groups:
+            group["lr"] = run.learning_rate(config, step)
+        reconstructions, _, quantization_loss = vq(images)
+        optimizer.zero_grad()
+        (F.l1_loss(reconstructions, images) + quantization_loss).backward()
+        optimizer.step()
+    model = torch.load(found, weights_only=True)["model"]
+    assert [name for name, weight in vq.state_dict().items() if not torch.equal(weight, model[name])] == []
+    assert torch.load(found, weights_only=True)["adversary"] is None
+
+
+def test_only_the_paper_preset_needs_a_download():
+    paper, *others = (train_vq.PRESETS[name] for name in ("paper", "demo", "cifar10"))
+    assert (paper.perceptual, paper.perceptual_weight, paper.adversarial) == ("vgg16", 1.0, True)
+    assert (paper.discriminator_weight, paper.discriminator_start) == (0.8, 0.5)
+    assert paper.discriminator_steps == (240_001, 250_001)
+    assert all((preset.perceptual, preset.adversarial) == ("none", False) for preset in others)
+
+
+def test_the_discriminator_trains_before_it_is_heard_and_neither_before_its_step(trained):
+    keys = [set(line) for line in log_of(trained)]
+    assert ["discriminator" in line for line in keys] == [False] * 3 + [True] * 9
+    assert ["lambda" in line for line in keys] == [False] * 6 + [True] * 6
+    for line in log_of(trained):
+        assert line["perceptual"] > 0
+        for name in ("discriminator", "lambda"):
+            assert line.get(name, 1.0) > 0
+    assert {"logits_real", "logits_fake"} <= keys[-1] and not {"logits_real", "logits_fake"} & keys[2]
+    steps = torch.load(trained, weights_only=True)["adversary"]["optimizer"]["state"][0]["step"]
+    assert steps == 9
+
+
+def test_an_unheard_discriminator_changes_nothing_and_a_heard_one_does(folder, trained, tmp_path):
+    unheard = [*flags(folder, tmp_path / "a"), "--steps", "12", "--discriminator-start", "0.99"]
+    without = [*flags(folder, tmp_path / "b", adversarial=False), "--steps", "12"]
+    never = [*flags(folder, tmp_path / "c"), "--steps", "12", "--discriminator-start", "1"]
+    unheard, without, never = map(train_vq.main, (unheard, without, never))
+    with_it, alone, none = (torch.load(path, weights_only=True) for path in (unheard, without, never))
+    assert with_it["adversary"]["optimizer"]["state"] and none["adversary"] is None
+    assert all(torch.equal(weight, with_it["model"][name]) for name, weight in alone["model"].items())
+    assert differences(without, never) == []
+    heard = torch.load(trained, weights_only=True)["model"]
+    assert any(not torch.equal(weight, heard[name]) for name, weight in alone["model"].items())
+
+
+def test_the_autoencoder_runs_once_a_step_and_the_discriminator_three_times(folder, tmp_path, monkeypatch):
+    calls = {"autoencoder": 0, "discriminator": 0, "perceptual": 0}
+
+    def counting(network, name):
+        forward = network.forward
+
+        def counted(*arguments):
+            calls[name] += torch.is_grad_enabled()
+            return forward(*arguments)
+        monkeypatch.setattr(network, "forward", counted)
+
+    counting(train_vq.VQ, "autoencoder")
+    counting(train_vq.PatchDiscriminator, "discriminator")
+    counting(train_vq.PerceptualLoss, "perceptual")
+    train_vq.main([*flags(folder, tmp_path), "--steps", "4", "--discriminator-start", "0"])
+    assert calls == {"autoencoder": 4, "discriminator": 12, "perceptual": 4}
+
+
+def test_the_perceptual_and_the_discriminator_weights_reach_the_loss(folder, trained, tmp_path):
+    models = [torch.load(trained, weights_only=True)["model"]]
+    for name in ("--perceptual-weight", "--discriminator-weight"):
+        out = train_vq.main([*flags(folder, tmp_path / name), "--steps", "12", name, "0.3"])
+        models.append(torch.load(out, weights_only=True)["model"])
+    for one, two in itertools.combinations(models, 2):
+        assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("stop", [5, 8])  # while the discriminator trains unheard, and later
+def test_a_run_with_a_discriminator_goes_on_bit_for_bit(stop, folder, trained, tmp_path, monkeypatch):
+    save = run.save_checkpoint
+
+    def save_and_stop(path, checkpoint):
+        save(path, checkpoint)
+        if checkpoint["step"] == stop:
+            raise KeyboardInterrupt
+
+    arguments = [*flags(folder, tmp_path), "--steps", "12", "--checkpoint-every", "1"]
+    with monkeypatch.context() as context:
+        context.setattr(run, "save_checkpoint", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_vq.main(arguments)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == stop and saved["adversary"]["steps"] == [4, 7]
+    moved = tmp_path / "elsewhere.pth"
+    moved.write_bytes((folder / "alexnet.pth").read_bytes())
+    resumed = train_vq.main(["--resume", "--out", str(tmp_path), "--data", "folder",
+                             "--perceptual-weights", str(moved)])
+    assert differences(resumed, trained) == []
+
+
+def test_a_longer_run_does_not_stop_hearing_its_discriminator(folder, trained, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(trained.read_bytes())
+    longer = train_vq.main(["--resume", "--out", str(tmp_path), "--data", "folder", "--steps", "30"])
+    lines = log_of(longer)
+    assert len(lines) == 18 and all("lambda" in line and "discriminator" in line for line in lines)
+    assert torch.load(longer, weights_only=True)["adversary"]["steps"] == [4, 7]
+
+
+# What a run says and leaves behind
+
+
+def test_the_status_line_shows_the_losses_that_the_log_holds(folder, tmp_path, capsys):
+    found = train_vq.main([*flags(folder, tmp_path), "--steps", "4"])
+    lines = re.findall(r"^step .*$", capsys.readouterr().out, re.MULTILINE)
+    last = log_of(found)[-1]
+    expected = (f"step 4/4 · train L1 {last['l1']:.4f} + LPIPS {last['perceptual']:.4f} + "
+                f"vq {last['vq']:.4f} · λ {last['lambda']:.3g} · discriminator {last['discriminator']:.3f}, "
+                f"logits real {last['logits_real']:+.2f} fake {last['logits_fake']:+.2f} · "
+                f"val L1 {last['val_l1']:.4f} LPIPS {last['val_lpips']:.4f} · "
+                f"{last['codes_used']} of 16 codes in use")
+    assert lines[-1].startswith(expected)
+    assert lines[0].count("·") == lines[-1].count("·") - 4 and "λ" not in lines[0]
+
+
+def test_the_validation_lpips_is_the_mean_over_the_pictures_as_they_are_shown(folder, trained):
+    checkpoint = torch.load(trained, weights_only=True)
+    vq = VQ(VQConfig(**checkpoint["model_config"]))
+    vq.load_state_dict(checkpoint["model"])
+    distance = losses.PerceptualLoss(folder / "alexnet.pth", "alexnet")
+    values = []
+    for path in (folder / "val").iterdir():
+        image = torch.from_numpy(np.asarray(Image.open(path)).astype(np.float32) / 127.5 - 1)
+        image = image.permute(2, 0, 1)[None]
+        values.append(distance(vq.decode(vq.encode(image)).clamp(-1, 1), image).item())
+    assert log_of(trained)[-1]["val_lpips"] == pytest.approx(np.mean(values), rel=1e-4)
+
+
+def test_the_picture_of_use_is_red_for_unused_codes_and_brighter_for_frequent_ones():
+    pixels = np.asarray(train_vq.picture_of_use(torch.tensor([0.0, 99, 9, 1, 0]))).astype(int)
+    cells = [pixels[row * 14 + 6, column * 14 + 6].tolist() for row, column in np.ndindex(2, 3)]
+    assert pixels.shape == (2 * 12 + 2, 3 * 12 + 2 * 2, 3)
+    red, white = [255, 0, 0], [255, 255, 255]
+    assert cells[0] == cells[4] == red and cells[1] == cells[5] == white
+    assert cells[2] == [128] * 3 and cells[3] == [38] * 3  # halfway between log 1 and log 100; log 2
+
+
+def test_each_evaluation_draws_the_use_of_the_codes(trained):
+    with Image.open(trained.parent / "step-000012-codes.png") as picture:
+        assert picture.size == (4 * 12 + 3 * 2,) * 2
+        pixels = np.asarray(picture).astype(int)
+    red = sum((pixels[row * 14, column * 14] == [255, 0, 0]).all() for row, column in np.ndindex(4, 4))
+    assert 16 - red == log_of(trained)[-1]["codes_used"]
+
+
+def test_a_collapsed_codebook_warns_and_says_what_helps(folder, trained, tmp_path, capsys):
+    checkpoint = torch.load(trained, weights_only=True)
+    config = dataclasses.replace(train_vq.TrainConfig(**checkpoint["config"]), codebook_size=32)
+    validation = data.open_dataset("folder", str(folder), "val", 32)
+    process = run.Process(torch.device("cpu"), 0, 1)
+    vq = VQ(config.model)
+    for used, warns in ((1, True), (2, False)):
+        vq.quantizer.codebook.data.fill_(100.0)
+        vq.quantizer.codebook.data[:used] = as_vectors(vq.latents(next(data.load(
+            validation, data.fixed_order(4, 4), process.device, 0)))).detach()[[0, -1]][:used]
+        scores = train_vq.evaluate(vq, None, validation, config, process, tmp_path / "a.png")
+        assert scores["codes_used"] == used and "val_lpips" not in scores
+        sentence = f"warning: the validation pictures use {used} of 32 codes; what helps: a --restart-every"
+        assert (sentence in capsys.readouterr().out) == warns
+
+
+# Mistakes
+
+
+def test_mistakes_end_in_a_sentence_and_leave_nothing(folder, tmp_path, monkeypatch, capsys):
+    def refuse(*arguments, **options):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    out = tmp_path / "out"
+    base, bad = flags(folder, out, False, False), tmp_path / "bad.pth"
+    bad.write_bytes(b"no weights")
+    named, alexnet = ["--perceptual-weights", str(folder / "alexnet.pth")], ["--perceptual", "alexnet"]
+    fetching = (r"vgg16-397923af.pth is not in \S*hub/checkpoints and could not be fetched from https://\S+ "
+                ".*no route.*--perceptual-weights, or leave LPIPS out with --perceptual none")
+    cases = [
+        (["--perceptual", "vgg16"], 1, fetching),
+        (alexnet, 1, "alexnet-owt-7be5be79.pth is not in"),
+        ([*alexnet, "--perceptual-weights", str(tmp_path / "none.pth")], 1, "none.pth does not"),
+        ([*alexnet, "--perceptual-weights", str(bad)], 1, "bad.pth is damaged"),
+        (["--perceptual", "vgg16", *named], 1, "cannot be the LPIPS weights of vgg16"),
+        (named, 1, "perceptual_weights names a file but perceptual is 'none'; add --perceptual vgg16"),
+        (["--perceptual", "vgg19"], 2, "perceptual is 'vgg19'; choose one of none, vgg16, alexnet"),
+        ([*alexnet, *named, "--image-size", "30"], 2, "image_size is 30, too small .* 31"),
+        (["--discriminator-weight", "0.8", "--image-size", "22"], 2, "image_size is 22, too small .* 24"),
+        (["--discriminator-layers", "0"], 2, "discriminator_layers is 0; it must be at least 1"),
+        (["--discriminator-weight", "-1"], 2, "discriminator_weight is -1.0; it must be at least 0"),
+        (["--discriminator-start", "-1"], 2, "discriminator_start is -1.0; it must be at least 0"),
+        (["--discriminator-warmup", "-1"], 2, "discriminator_warmup is -1.0; it must be at least 0"),
+        (["--perceptual-weight", "-1"], 2, "perceptual_weight is -1.0; it must be at least 0"),
+    ]
+    for more, status, sentence in cases:
+        code, errors = shell([*base, *more], monkeypatch, capsys)
+        assert (code, errors.count("\n")) == (status, 1) and re.search(sentence, errors), (more, errors)
+        assert not out.exists(), more
+
+
+# Several processes
+
+WORKER = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import losses, run, train_vq
+
+class Unnormalized(losses.PatchDiscriminator):  # batch statistics depend on who has which pictures
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        for i, module in enumerate(self.main):
+            if {unnormalized} and isinstance(module, torch.nn.BatchNorm2d):
+                self.main[i] = torch.nn.Identity()
+
+kept, opened = [], train_vq.open_adversary
+def keep(config, process):
+    kept.append(opened(config, process))
+    return kept[-1]
+class Kept(train_vq.VQ):
+    def __init__(self, config):
+        super().__init__(config)
+        kept.append(self)
+train_vq.VQ, train_vq.open_adversary, train_vq.PatchDiscriminator = Kept, keep, Unnormalized
+train_vq.main(sys.argv[1:])
+if torch.distributed.is_initialized():
+    for network in (kept[0], kept[1].discriminator):
+        for weight in network.parameters():
+            weights = [torch.empty_like(weight) for _ in range(2)]
+            torch.distributed.all_gather(weights, weight.detach())
+            assert torch.equal(*weights)
+    print("replicas agree")
+    torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("unnormalized", [True, False])
+def test_two_processes_agree_and_compute_what_one_does(unnormalized, folder, tmp_path):
+    """But for the norms of the discriminator: each process has its own statistics, as with the authors."""
+    (tmp_path / "worker.py").write_text(WORKER.format(root=str(ROOT), unnormalized=unnormalized))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    models = []
+    for name, launcher in (("one", []), ("two", torchrun))[not unnormalized:]:
+        command = [sys.executable, *launcher, str(tmp_path / "worker.py"), *flags(folder, tmp_path / name),
+                   "--steps", "8", "--restart-every", "0", "--discriminator-start", "0.25"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("replicas agree") == (2 if launcher else 0)
+        checkpoint = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+        models.append(checkpoint["model"] | checkpoint["adversary"]["discriminator"])
+    if unnormalized:
+        for name, weight in models[0].items():
+            assert torch.allclose(weight, models[1][name], rtol=1e-3, atol=1e-4), name
+        one, two = (log_of(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
+        for before, after in zip(one, two):
+            for name in ("l1", "perceptual", "lambda", "discriminator", "logits_real", "val_lpips"):
+                if name in before:
+                    close = pytest.approx(before[name], rel=2e-3, abs=1e-4)
+                    assert after[name] == close, (before["step"], name)
