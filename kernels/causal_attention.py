@@ -236,7 +236,8 @@ def tiles(dtype: torch.dtype, width: int) -> dict[str, int]:
     wide = width > 64
     if dtype == torch.float32:
         return dict(BLOCK_Q=16 if wide else 32, BLOCK_K=16, num_warps=4, num_stages=2)
-    return dict(BLOCK_Q=64, BLOCK_K=32 if wide else 64, num_warps=8 if wide else 4, num_stages=2 if wide else 3)
+    return dict(BLOCK_Q=64, BLOCK_K=32 if wide else 64, num_warps=8 if wide else 4,
+                num_stages=2 if wide else 3)
 
 
 def launch(kernel, per: str, *tensors: Tensor):

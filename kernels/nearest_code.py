@@ -53,10 +53,9 @@ def common_offset(codebook: Tensor) -> Tensor:
     To a multiple of the power of two above the codes' largest distance to it, dimension by dimension. So
     coarse an offset subtracts without rounding, and codes that were equally near stay so.
     """
-    limits = torch.finfo(codebook.dtype)
     mean = codebook.mean(0)  # (D,)
     spread = torch.maximum(codebook.amax(0) - mean, mean - codebook.amin(0))  # (D,)
-    spread = torch.maximum(spread, mean.abs() * limits.eps).clamp(min=limits.tiny)
+    spread = torch.maximum(spread, mean.abs() * torch.finfo(codebook.dtype).eps)
     step = torch.ldexp(torch.ones_like(spread), torch.frexp(spread).exponent)  # (D,)
     offset = (mean / step + 0.5).floor() * step
     return torch.where(offset.isfinite(), offset, 0)
@@ -98,11 +97,10 @@ def common_offset_kernel(
     mean = total / K
     spread = tl.maximum(high - mean, mean - low)
     spread = tl.maximum(spread, tl.abs(mean) * 1.1920929e-07)  # eps of float32
-    spread = tl.maximum(spread, 1.1754944e-38)  # its smallest normal number
     # The exponent's bits alone are the power of two below the spread.
     step = 2 * (spread.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     offset = tl.floor(mean / step + 0.5) * step
-    offset = tl.where(tl.abs(offset) < float("inf"), offset, 0.0)  # NaN too
+    offset = tl.where(tl.abs(offset) < float("inf"), offset, 0.0)  # also where a spread of 0 has divided
     tl.store(offset_ptr + dims, offset, mask=dims < D)
 
 

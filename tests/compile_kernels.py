@@ -3,7 +3,7 @@
     python tests/compile_kernels.py 80        for sm_80 (A100); 90 is H100, H200
 
 Triton is told that such a GPU is there, and each launch stops after the compiler. So the argument types, the
-tiles and the specialization to aligned strides are those of the real calls. Must run without TRITON_INTERPRET.
+tiles and the specialization to aligned strides are those of real calls. Must run without TRITON_INTERPRET.
 """
 import json
 import re
@@ -49,8 +49,8 @@ def measure(kernel, capability: int) -> dict:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         target = f"sm_{capability}{'a' if capability >= 90 else ''}"
-        log = subprocess.run([get_ptxas(capability).path, "-v", f"--gpu-name={target}", source, "-o", f"{source}.o"],
-                             capture_output=True, text=True, check=True).stderr
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target}", source, "-o", f"{source}.o"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return {
         "kernel": kernel.metadata.name,
         "registers": int(re.search(r"Used (\d+) registers", log)[1]),
@@ -64,10 +64,11 @@ def measure(kernel, capability: int) -> dict:
 
 
 def variants():
-    """(name, call): every kind of launch. The large tensors are never read and need no memory of their own."""
+    """(name, call): every kind of launch. The large tensors are never read: one row stands for all."""
     for dtype in (torch.float32, torch.bfloat16):
         for vectors in (3072, 65536):
-            x, codebook = torch.empty(1, 256, dtype=dtype).expand(vectors, 256), torch.empty(1024, 256, dtype=dtype)
+            x = torch.empty(1, 256, dtype=dtype).expand(vectors, 256)
+            codebook = torch.empty(1024, 256, dtype=dtype)
             yield f"{vectors} vectors, {dtype}", lambda: nearest_code_triton(x, codebook)
     precision, lookup.float32_precision = lookup.float32_precision, lambda device: "ieee"
     x, codebook = torch.empty(1, 256).expand(3072, 256), torch.empty(1024, 256)
@@ -86,7 +87,7 @@ def variants():
 def main(capability: int):
     triton.runtime.driver.set_active(AbsentGPU(capability))
     compiled, run = [], JITFunction.run
-    JITFunction.run = lambda self, *args, warmup, **options: compiled.append(run(self, *args, warmup=True, **options))
+    JITFunction.run = lambda *args, warmup, **options: compiled.append(run(*args, warmup=True, **options))
     for name, call in variants():
         compiled.clear()
         call()

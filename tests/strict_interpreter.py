@@ -1,4 +1,4 @@
-"""A stricter Triton interpreter:  `with strict(): kernel[grid](...)`.  Needs TRITON_INTERPRET=1 (conftest.py).
+"""A stricter Triton interpreter: `with strict(): kernel[grid](...)`. Needs TRITON_INTERPRET=1 (conftest.py).
 
 Triton's own interpreter runs a kernel on the CPU, but forgives what a GPU does not. This one
 
@@ -6,10 +6,10 @@ Triton's own interpreter runs a kernel on the CPU, but forgives what a GPU does 
   * notices when two programs write one address, or one reads what another wrote: RuntimeError;
   * fills masked lanes of a load that gives no `other` with NaN, a large negative and a large positive number;
   * turns an int32 overflow into an AssertionError (triton's own sanitizer, switched on);
-  * rounds to bfloat16 as hardware does, multiplies real bfloat16 numbers, and refuses other arithmetic on them;
+  * rounds to bfloat16 as hardware does, multiplies real bfloat16 numbers, refuses other arithmetic on them;
   * drops the bits that TF32 drops where `input_precision="tf32"` is asked for;
   * wants 16 numbers or more to be summed in `tl.dot`, as the compiler does;
-  * runs the programs of the grid in random order, or only some: `strict(only=lambda programs: {0, programs - 1})`.
+  * runs the programs of the grid in random order, or only some: `strict(only=lambda programs: {0})`.
 
 Triton raises them as InterpreterError, with their names in the message.
 
@@ -73,14 +73,14 @@ def garbage(shape, dtype) -> interpreter.TensorHandle:
 
 
 class Memory:
-    """One tensor of a launch: the addresses it spans and, per element, the program that wrote it (−1: none)."""
+    """One tensor of a launch: the addresses it spans and, per element, which program wrote it (−1: none)."""
 
     def __init__(self, tensor):
         elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
         self.size = tensor.element_size()
         self.first = tensor.data_ptr()
         self.end = self.first + elements * self.size
-        self.writer = np.full(elements, -1, np.int32) if elements < 2 ** 26 else None  # too large: not watched
+        self.writer = np.full(elements, -1, np.int32) if elements < 2 ** 26 else None
 
     def touch(self, addresses: np.ndarray, size: int, program: int, what: str) -> np.ndarray:
         """Which of the addresses lie here. Raises RuntimeError for a race, and notes who writes."""
@@ -162,9 +162,10 @@ class Launches:
             return atomic(builder, operation, pointers, value, mask, *rest)
 
         return [(Executor, "_init_args_hst", init), (Executor, "__call__", launch),
-                (Executor, "_restore_args_dev", lambda *_: None),  # CPU tensors are not copied: nothing to restore
+                (Executor, "_restore_args_dev", lambda *_: None),  # CPU tensors were not copied
                 (Builder, "set_grid_dim", set_real_grid), (Builder, "set_grid_idx", set_real_program),
-                (Builder, "create_masked_load", checked_load), (Builder, "create_masked_store", checked_store),
+                (Builder, "create_masked_load", checked_load),
+                (Builder, "create_masked_store", checked_store),
                 (Builder, "create_atomic_rmw", checked_atomic), (Builder, "cast_impl", rounding_cast),
                 (Builder, "create_dot", exact_dot), (Builder, "binary_op", refusing_arithmetic)]
 
@@ -209,6 +210,7 @@ def strict(only=None, seed: int = 0):
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in Launches(only, seed).patches():
             stack.enter_context(mock.patch.object(owner, name, replacement))
-        stack.enter_context(mock.patch.object(builder, "options", dataclasses.replace(builder.options, debug=True)))
+        sanitizing = dataclasses.replace(builder.options, debug=True)
+        stack.enter_context(mock.patch.object(builder, "options", sanitizing))
         stack.enter_context(mock.patch.dict(builder.codegen_fns, min_dot_size=lambda left, right: (1, 1, 16)))
         yield

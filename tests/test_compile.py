@@ -1,4 +1,4 @@
-"""What the compiler makes of each kernel for GPUs that need not be here. Oracle: the assembler's own report."""
+"""What the compiler makes of each kernel for GPUs that are not here. Oracle: the assembler's own report."""
 import json
 import os
 import subprocess
@@ -28,10 +28,11 @@ def reports():
 
 def test_every_kernel_compiles_for_every_dtype_and_target(reports):
     for target in ("80", "90"):
-        kernels = [(report["kernel"], report["variant"].split("torch.")[1]) for to, report in reports if to == target]
+        kernels = [(report["kernel"], report["variant"].split("torch.")[1])
+                   for compiled_for, report in reports if compiled_for == target]
         for dtype in ("float32", "bfloat16"):
-            for kernel in ("common_offset_kernel", "nearest_code_kernel", "forward_kernel", "query_gradient_kernel",
-                           "key_value_gradient_kernel"):
+            for kernel in ("common_offset_kernel", "nearest_code_kernel", "forward_kernel",
+                           "query_gradient_kernel", "key_value_gradient_kernel"):
                 assert (kernel, dtype) in kernels
 
 

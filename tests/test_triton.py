@@ -1,7 +1,7 @@
 """The Triton kernels: natively where there is a GPU, else in the strict interpreter (strict_interpreter.py).
 
-Oracles: integer lattices, on which all arithmetic is exact, searched in float64; float64 attention of the inputs
-as rounded, which a kernel may miss by at most twice what plain torch misses it by in the same dtype; identities.
+Oracles: integer lattices, on which all arithmetic is exact, searched in float64; float64 attention of the
+inputs as rounded, which a kernel may miss by at most twice what plain torch does in its dtype; identities.
 """
 import contextlib
 import math
@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import gpt
-from kernels import causal_attention_reference, causal_attention_triton, nearest_code_reference, nearest_code_triton
+from kernels import (causal_attention_reference, causal_attention_triton, nearest_code_reference,
+                     nearest_code_triton)
 from strict_interpreter import strict
 
 lookup = sys.modules["kernels.nearest_code"]
@@ -171,8 +172,9 @@ def test_no_vectors_no_indices(dtype):
 def test_any_strides_are_read_and_nothing_is_written():
     wide, tall = small_integers(90, 160, seed=1), small_integers(300, 70, seed=2)
     copies = wide.clone(), tall.clone()
-    for vectors, codebook in [(wide[:, ::2], tall.T[:, :80]), (wide.T[:, :70], tall), (wide[::3, :70], tall[::2]),
-                              (wide[:1, :70].expand(90, 70), tall), (wide[:, :1].expand(90, 70), tall),
+    for vectors, codebook in [(wide[:, ::2], tall.T[:, :80]), (wide.T[:, :70], tall),
+                              (wide[::3, :70], tall[::2]), (wide[:1, :70].expand(90, 70), tall),
+                              (wide[:, :1].expand(90, 70), tall),
                               (wide[:, 70:140], tall[:1].expand(65, 70))]:
         assert_exact(vectors, codebook)
     assert torch.equal(wide, copies[0]) and torch.equal(tall, copies[1])
@@ -206,8 +208,9 @@ def test_a_codebook_of_more_than_two_to_the_31_elements(monkeypatch, transposed)
     codebook[-64:] = 1.0
     codebook[-5] = 0.0
     with strict(only=lambda programs: {programs - 1}):
-        lookup.nearest_code_kernel[(1, K // 64)](torch.zeros(1, D), (D, 1), codebook, codebook.stride(), offset,
-                                                 result, 1, K, D, 64, 64, 64, 4096, "ieee", True)
+        lookup.nearest_code_kernel[(1, K // 64)](
+            torch.zeros(1, D), (D, 1), codebook, codebook.stride(), offset, result, 1, K, D, 64,
+            BLOCK_N=64, BLOCK_K=64, BLOCK_D=4096, PRECISION="ieee", SPLIT=True)
     assert result & 0xFFFFFFFF == K - 5
 
 
@@ -217,7 +220,8 @@ def test_the_lookup_runs_in_the_plain_interpreter_too():
 
 
 @pytest.mark.parametrize("vectors, codebook", [
-    ((3, 4), (5, 3)), ((3, 4), (0, 4)), ((4,), (5, 4)), ((3, 4), (4,)), ((2, 3, 4), (5, 4)), ((3, 1), (5, 4))])
+    ((3, 4), (5, 3)), ((3, 4), (0, 4)), ((4,), (5, 4)), ((3, 4), (4,)), ((2, 3, 4), (5, 4)), ((3, 1), (5, 4)),
+])
 def test_the_lookup_refuses_shapes_that_do_not_fit(vectors, codebook):
     with pytest.raises(ValueError, match="nearest_code needs vectors"):
         nearest_code_triton(random(*vectors), random(*codebook))
@@ -258,10 +262,12 @@ def worst_row(ours, exact):
     return float(((ours.double() - exact).norm(dim=-1) / (length + length.mean() + 0.01)).max())
 
 
-LENGTHS = [(1, 1), (64, 64), (65, 65), (127, 127), (130, 150), (33, 257), (1, 70), (64, 65), (70, 129), (16, 32)]
+LENGTHS = [(1, 1), (64, 64), (65, 65), (127, 127), (130, 150), (33, 257), (1, 70), (64, 65), (70, 129),
+           (16, 32)]  # Tq, T
 
 
-@pytest.mark.parametrize("dtype, slack", [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
+@pytest.mark.parametrize("dtype, slack", [
+    (torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
 @pytest.mark.parametrize("Tq, T, d", [(*lengths, 32) for lengths in LENGTHS] + [
     (40, 70, 16), (70, 70, 20), (90, 100, 64), (33, 65, 80), (65, 65, 128), (341, 341, 64)])
 def test_output_and_gradients_err_at_most_twice_as_much_as_torch(Tq, T, d, dtype, slack):
@@ -303,7 +309,8 @@ def test_what_comes_later_changes_no_bit_of_what_came_before_in_the_kernel():
 def test_the_last_queries_alone_get_what_they_get_among_all(last):
     query, key, value, _ = draw(1, 2, 130, 130, 32)
     whole = attend(query, key, value)
-    torch.testing.assert_close(attend(query[:, :, -last:], key, value), whole[:, :, -last:], atol=2e-6, rtol=0)
+    alone = attend(query[:, :, -last:], key, value)
+    torch.testing.assert_close(alone, whole[:, :, -last:], atol=2e-6, rtol=0)
 
 
 def test_huge_scores_pick_the_best_key_and_stay_finite_in_the_kernel():
@@ -324,7 +331,7 @@ def test_any_strides_of_inputs_and_gradient_are_read(dtype):
     for views in strided:
         for ours, theirs in zip(output_and_gradients(views, gradient.contiguous()), expected):
             assert torch.equal(ours, theirs)
-    one = torch.ones((), dtype=dtype, device=DEVICE).expand(gradient.shape)  # strides of 0, as sum() sends them
+    one = torch.ones((), dtype=dtype, device=DEVICE).expand(gradient.shape)  # strides of 0, as from sum()
     for ours, theirs in zip(output_and_gradients(inputs, one), output_and_gradients(inputs, one.clone())):
         assert torch.equal(ours, theirs)
 
@@ -397,8 +404,8 @@ def test_a_whole_gpt_learns_the_same_with_the_kernel(monkeypatch):
         monkeypatch.setattr(gpt, "causal_attention", form)
         model.zero_grad()
         with here():
-            loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-            loss.backward()
+            logits = model(tokens[:, :-1]).flatten(0, 1)  # (B·T, V)
+            torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     for plain, ours in zip(*gradients):
         torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-4)

@@ -16,9 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LOOKUP, ATTENTION = "kernels/nearest_code.py", "kernels/causal_attention.py"
-ALL = 10 ** 9  # replace at every place; otherwise the number says at which occurrence, from 0
 
-FAULTS = [  # file, what is wrong, old text, new text, occurrence
+FAULTS = [  # file, what is wrong, old text, new text, which occurrence of it (from 0)
     (LOOKUP, "a later code wins a tie between tiles", "score < best_score", "score <= best_score", 0),
     (LOOKUP, "the index is counted from the tile's start", "start + column, best_code", "column, best_code", 0),
     (LOOKUP, "the best score starts at 0", 'tl.full((BLOCK_N,), float("inf"), tl.float32)',
@@ -29,8 +28,6 @@ FAULTS = [  # file, what is wrong, old text, new text, occurrence
     (LOOKUP, "norms of the last dimensions only", "norms += tl.sum(c * c, 1)", "norms = tl.sum(c * c, 1)", 0),
     (LOOKUP, "norms not squared", "norms += tl.sum(c * c, 1)", "norms += tl.sum(c, 1)", 0),
     (LOOKUP, "padding codes compete", "real = (codes[None, :] < K) & (scores == scores)", "real = scores == scores", 0),
-    (LOOKUP, "NaN competes", "real = (codes[None, :] < K) & (scores == scores)",
-     "real = (codes[None, :] < K) | (scores > 1e38)", 0),
     (LOOKUP, "one padding code competes", "real = (codes[None, :] < K)", "real = (codes[None, :] <= K)", 0),
     (LOOKUP, "the last code never competes", "real = (codes[None, :] < K)", "real = (codes[None, :] < K - 1)", 0),
     (LOOKUP, "padding scores 0", 'scores = tl.where(real, scores, float("inf"))', "scores = tl.where(real, scores, 0.0)", 0),
@@ -80,7 +77,6 @@ FAULTS = [  # file, what is wrong, old text, new text, occurrence
     (LOOKUP, "the offset is rounded down", "offset = tl.floor(mean / step + 0.5) * step",
      "offset = tl.floor(mean / step) * step", 0),
     (LOOKUP, "an infinite offset is used", "tl.where(tl.abs(offset) < float(\"inf\"), offset, 0.0)", "offset", 0),
-    (LOOKUP, "a spread of 0 divides", "spread = tl.maximum(spread, 1.1754944e-38)", "spread = spread", 0),
     (LOOKUP, "the offset is stored without a mask", "tl.store(offset_ptr + dims, offset, mask=dims < D)",
      "tl.store(offset_ptr + dims, offset)", 0),
     (LOOKUP, "codes beyond the first tile are not averaged", "range(0, K, BLOCK_K)", "range(0, BLOCK_K, BLOCK_K)", 0),
@@ -157,6 +153,12 @@ FAULTS = [  # file, what is wrong, old text, new text, occurrence
     (ATTENTION, "a saved row of another head", "saved = head.to(tl.int64) * Tq + rows", "saved = head.to(tl.int64) * T + rows", 2),
 ]
 
+WHY = {  # of those that survive
+    "32-bit row numbers": "matters from 2³¹ vectors on, 16 GiB of indices",
+    "shares reach into the next by one": "equivalent: what lies beyond K is padding, and a code compared twice stays",
+    "NaN scores are kept": "only on a GPU: the interpreter's minimum skips NaN",
+}
+
 
 def plant(repository: Path, fault):
     file, _, old, new, occurrence = fault
@@ -199,7 +201,7 @@ def main():
             print(f"{test or 'SURVIVED':80} {fault[1]}", flush=True)
     lines = [f"# {sum(map(bool, caught))} of {len(FAULTS)} planted faults are caught on a CPU", "",
              "`python results/kernels/plant_faults.py`", "", "| file | fault | caught by |", "| --- | --- | --- |"]
-    lines += [f"| {Path(fault[0]).name} | {fault[1]} | {f'`{test}`' if test else '**survived**'} |"
+    lines += [f"| {Path(fault[0]).name} | {fault[1]} | {f'`{test}`' if test else f'**survived** {WHY.get(fault[1])}'} |"
               for fault, test in zip(FAULTS, caught)]
     (Path(__file__).parent / "faults.md").write_text("\n".join(lines) + "\n")
 
