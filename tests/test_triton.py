@@ -338,7 +338,8 @@ def test_any_strides_of_inputs_and_gradient_are_read(dtype):
 
 def test_the_output_lies_in_memory_as_the_next_linear_layer_reads_it():
     query, key, value, _ = draw(2, 3, 5, 7, 16)
-    assert attend(query, key, value).transpose(1, 2).is_contiguous()
+    for inputs in ((query, key, value), (query.contiguous(), key, value)):
+        assert attend(*inputs).transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])

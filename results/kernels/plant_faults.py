@@ -156,6 +156,7 @@ FAULTS = [  # file, what is wrong, old text, new text, which occurrence of it (f
 WHY = {  # of those that survive
     "32-bit row numbers": "matters from 2³¹ vectors on, 16 GiB of indices",
     "shares reach into the next by one": "equivalent: what lies beyond K is padding, and a code compared twice stays",
+    "log-sum-exp read without `other` in dQ": "equivalent: rows beyond the end are not written",
     "NaN scores are kept": "only on a GPU: the interpreter's minimum skips NaN",
 }
 
