@@ -230,6 +230,16 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
         PerceptualLoss(path, "vgg")
 
 
+def test_weights_saved_on_a_gpu_load_anywhere(tmp_path, monkeypatch):
+    """The heads of the LPIPS release were."""
+    with monkeypatch.context() as context:
+        context.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(random_weights("alexnet"), tmp_path / "cuda.pth")
+    assert b"cuda:0" in (tmp_path / "cuda.pth").read_bytes()
+    weights = PerceptualLoss(tmp_path / "cuda.pth", "alexnet").parameters()
+    assert {str(weight.device) for weight in weights} == {"cpu"}
+
+
 def test_a_missing_damaged_or_malicious_file_ends_in_a_sentence(tmp_path):
     class Malicious:
         def __reduce__(self):
@@ -427,7 +437,7 @@ def test_an_adversary_goes_on_where_it_was_and_what_has_begun_does_not_stop():
 
 def test_the_autoencoders_loss_is_the_sum_of_its_parts(alexnet):
     opponent, last = adversary(), nn.Conv2d(2, 3, 3, padding=1)
-    images, quantization_loss = pictures(), torch.tensor(0.25)
+    images, quantization_loss = pictures(), last.weight.sum() - last.weight.sum().detach() + 0.25
     fakes = last(torch.randn(2, 2, 32, 32))
     l1, lpips = (fakes - images).abs().mean().item(), alexnet(images, fakes).mean().item()
     logits = opponent.discriminator(fakes).mean().item()
@@ -459,6 +469,22 @@ def test_the_adaptive_weight_is_the_ratio_of_the_gradients_lengths():
     assert adaptive_weight(nll, -generator, weight).item() == pytest.approx(found.item(), rel=1e-6)
     assert adaptive_weight(nll, 0 * generator, weight).item() == 1e4  # the bound, not 1e5
     (nll + generator).backward()  # the graph is still there
+
+
+def test_two_processes_with_the_same_pictures_have_the_numbers_of_one(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))  # as if
+    weight = torch.tensor([3.0, 4.0], requires_grad=True)
+    nll, generator = (weight**2).sum() / 100, 1e-4 * weight[0]  # so small that the 1e-4 counts
+    one, two = (adaptive_weight(nll, generator, weight, world).item() for world in (1, 2))
+    assert one == pytest.approx(two, rel=1e-6)
+    alone, together = adversary(), adversary()
+    together.load_state_dict(copy.deepcopy(alone.state_dict()), step=0)
+    together.world = 2
+    images, fakes = pictures(2, 8), pictures(2, 8)
+    for opponent in (alone, together):
+        opponent.train(images, fakes, lr=0.01)
+    for one, two in zip(alone.discriminator.parameters(), together.discriminator.parameters()):
+        assert torch.allclose(one.grad, two.grad, rtol=1e-5)
 
 
 def test_the_adaptive_weight_makes_both_gradients_equally_long_at_the_last_layer():

@@ -234,7 +234,8 @@ def test_without_a_first_stage_one_is_trained_or_goes_on_if_it_was_cut_off(
     flags = dict(zip(VQ_FLAGS[::2], VQ_FLAGS[1::2]))
     fields = {name[2:].replace("-", "_"): int(value) if value.isdigit() else value
               for name, value in flags.items()}
-    small = train_vq.TrainConfig(**fields, preset="demo", data_dir=str(pictures), steps=6, checkpoint_every=2)
+    small = train_vq.TrainConfig(**fields, preset="demo", data_dir=str(pictures), steps=6, checkpoint_every=2,
+                                 perceptual="none", discriminator_weight=0.0)
     monkeypatch.setitem(train_vq.PRESETS, "demo", small)
     monkeypatch.chdir(tmp_path)
 

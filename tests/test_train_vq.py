@@ -174,6 +174,32 @@ def test_the_autoencoder_runs_once_a_step_and_the_discriminator_three_times(fold
     assert calls == {"autoencoder": 4, "discriminator": 12, "perceptual": 4}
 
 
+def test_each_loss_gets_what_it_asks_for(folder, tmp_path, monkeypatch):
+    def spy(owner, name, seen):
+        function = getattr(owner, name)
+
+        def recording(*arguments):
+            seen.append(arguments)
+            return function(*arguments)
+        monkeypatch.setattr(owner, name, recording)
+
+    of_autoencoder, of_discriminator = [], []
+    spy(train_vq, "autoencoder_loss", of_autoencoder)
+    spy(losses.Adversary, "train", of_discriminator)
+    found = train_vq.main([*flags(folder, tmp_path), "--steps", "2", "--discriminator-start", "0", "--lr",
+                           "1e-4", "--warmup-steps", "4", "--beta1", "0.3", "--beta2", "0.7"])
+    for step, (autoencoders, discriminators) in enumerate(zip(of_autoencoder, of_discriminator)):
+        images, reconstructions, *_, last_layer = autoencoders
+        _, real, fake, lr = discriminators
+        levels = (images + 1) * 127.5
+        assert torch.allclose(levels, levels.round(), atol=1e-3) and not reconstructions.equal(images)
+        assert real is images and fake is reconstructions and last_layer.shape == (3, 8, 3, 3)
+        assert lr == pytest.approx(1e-4 * (step + 1) / 4)
+    adversary = torch.load(found, weights_only=True)["adversary"]
+    assert adversary["optimizer"]["param_groups"][0]["betas"] == (0.3, 0.7)
+    assert "main.5.bias" in adversary["discriminator"] and len(adversary["discriminator"]) == 10  # one layer
+
+
 def test_the_perceptual_and_the_discriminator_weights_reach_the_loss(folder, trained, tmp_path):
     models = [torch.load(trained, weights_only=True)["model"]]
     for name in ("--perceptual-weight", "--discriminator-weight"):

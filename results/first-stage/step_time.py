@@ -1,11 +1,11 @@
 """What one forward pass of the autoencoder for both optimizers saves, against two as in the authors' loop.
 
-    OMP_NUM_THREADS=1 python results/first-stage/step_time.py [--image-size 128] [--batch-size 2] [--rounds 11]
+    OMP_NUM_THREADS=1 python results/first-stage/step_time.py        --help lists the sizes
 
-The paper's networks and losses on small random pictures: a step is the autoencoder's with LPIPS and λ, then the
-discriminator's. The authors' training loop calls the model anew for each optimizer, so that the second call
-computes the reconstructions and LPIPS again. Both steps run in turn; medians. Weights are random: they cost the
-same.
+The paper's networks and losses on small random pictures: a step is the autoencoder's with LPIPS and λ, then
+the discriminator's. The authors' training loop calls the model anew for each optimizer, so that the second
+call computes the reconstructions and LPIPS again. Both steps run in turn; medians. Weights are random: they
+cost the same.
 """
 import argparse
 import statistics
@@ -75,7 +75,7 @@ class Step:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="One forward pass of the autoencoder against two.")
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=11)
