@@ -21,6 +21,7 @@ lookup = sys.modules["kernels.nearest_code"]
 attention = sys.modules["kernels.causal_attention"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflows that tests want
 here = contextlib.nullcontext if DEVICE.type == "cuda" else strict  # where a kernel runs
 interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="needs the interpreter")
 
