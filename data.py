@@ -1,12 +1,14 @@
 """What comes in: the data sets, endless reproducible batches of them, and the cache of their codes.
 
-A data set is an object with `len()`, `dataset[index, key]` and `fingerprint()`. Its items are dicts of
-arrays: "image" (C, H, W) uint8 and whatever else is known of the picture. Training batch number n is a pure
-function of the seed and n: a run that was interrupted goes on with the batch it would have seen, whatever the
-number of worker processes.
+A data set is an object with `len()`, `dataset[index, key]` and `fingerprint()`. Its items are dicts of the
+fields that it was opened for: image and pose (3, S, S) uint8, segmentation (S, S) uint8, 255 where a pixel
+has no label, depth (S, S) float32 in [−1, 1]; and "label", if the picture's class is known. Training batch
+number n is a pure function of the seed and n: a run that was interrupted goes on with the batch it would have
+seen, whatever the number of worker processes.
 
 Symbols: B batch, C channels, H×W pixels, h×w code grid, N pictures, S = image_size.
 """
+import colorsys
 import hashlib
 import json
 import os
@@ -19,18 +21,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy import ndarray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 import scenes
+from layouts import ADE20K_SEGMENTS, FIELDS, LAYOUTS, VALIDATION_SHARE
+from pictures import (NO_LABEL, choose_window, cut_out, draw_keypoints, open_depth, open_labels, open_picture,
+                      open_pose)
 
-DATASETS = ("scenes", "cifar10", "folder")
+DATASETS = ("scenes", "cifar10", *LAYOUTS)
+OFFERED = {"scenes": FIELDS, "cifar10": ("image",), "folder": FIELDS, "imagenet": ("image", "depth"),
+           "restricted-imagenet": ("image", "depth"), "ade20k": ("image", "segmentation"),
+           "deepfashion": ("image", "pose")}
 SCENES = {"train": 16_000, "val": 1000}  # pictures in each split; any number could be drawn
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")  # case does not matter
-VALIDATION_SHARE = 20  # one picture in 20 of a folder without train/ and val/
 
 # What distinguishes one look at a picture from another, for random crops and flips; None: validation's look.
 Key = tuple[int, ...] | None
@@ -39,8 +45,8 @@ Key = tuple[int, ...] | None
 class Scenes:
     """The drawn data set of scenes.py at S×S pixels. Pictures of up to 64 pixels, once drawn, are kept."""
 
-    def __init__(self, split: str, size: int):
-        self.split, self.size = split, size
+    def __init__(self, split: str, size: int, fields: tuple[str, ...] = ("image",)):
+        self.split, self.size, self.fields = split, size, fields
         self.drawn = {}
 
     def __len__(self) -> int:
@@ -51,14 +57,21 @@ class Scenes:
         if index in self.drawn:
             return self.drawn[index]
         scene = scenes.draw_scene(self.split, index, self.size)
-        fields = scene._asdict() | {"image": scene.image.transpose(2, 0, 1)}  # (S, S, 3) → (3, S, S)
+        known = scene._asdict() | {"image": scene.image.transpose(2, 0, 1)}  # (S, S, 3) → (3, S, S)
+        if "pose" in self.fields:  # drawn at four times the size, for smooth edges
+            pose = draw_keypoints(4 * scene.keypoints, (4 * self.size, 4 * self.size), scenes.LIMBS).reduce(4)
+            known["pose"] = np.asarray(pose).transpose(2, 0, 1)  # (S, S, 3) → (3, S, S)
+        known = {field: known[field] for field in (*self.fields, "label")}
         if self.size <= 64:
-            self.drawn[index] = fields
-        return fields
+            self.drawn[index] = known
+        return known
+
+    def segments(self) -> int:
+        return len(scenes.SEGMENTS)
 
     def fingerprint(self) -> str:
         program = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()  # it may draw other pictures
-        return f"scenes {self.split} {self.size} {len(self)} {program}"
+        return f"scenes {self.split} {self.size} {self.fields} {len(self)} {program}"
 
 
 class Cifar10:
@@ -92,43 +105,71 @@ class Cifar10:
         return f"cifar10 {self.flip} {stamp(self.files)}"
 
 
-class Folder:
-    """Pictures anywhere below a folder, shorter side resized to S; random crops in training, else the centre.
+class Files:
+    """The `split` of one of the `LAYOUTS`, in S×S pixels: random crops in training, else the centre.
 
-    With train/ and val/ those are the splits; else one file in 20, by its name's hash, is for validation.
+    Raises FileNotFoundError or ValueError, which say what is missing.
     """
 
-    def __init__(self, split: str, directory: Path, size: int, flip: bool, upscale: bool):
+    def __init__(self, layout: str, split: str, directory: Path, size: int, flip: bool, upscale: bool,
+                 fields: tuple[str, ...] = ("image",), void_label: int = NO_LABEL):
         if not directory.is_dir():
             raise FileNotFoundError(f"{directory} is no folder; name your folder of pictures with --data-dir")
-        splits = [directory / name for name in ("train", "val")]
-        given = all(folder.is_dir() for folder in splits)
-        root = directory / split if given else directory
-        self.files = sorted(path for path in root.rglob("*")
-                            if path.suffix.lower() in PICTURES and path.is_file())
-        if not given:
-            self.files = [path for path in self.files
-                          if (split == "val") == kept_for_validation(path.relative_to(root))]
-        if not self.files:
-            raise FileNotFoundError(
-                f"{root} has no {'' if given else split + ' '}pictures ({' '.join(PICTURES)}); "
-                f"put at least {1 if given else 2 * VALIDATION_SHARE} there, or name another --data-dir")
-        self.size, self.flip, self.upscale, self.train = size, flip, upscale, split == "train"
+        self.records = LAYOUTS[layout](directory, split, fields)
+        if not self.records:
+            raise FileNotFoundError(f"{directory} has no {split} pictures; without train/ and val/ one in "
+                                    f"{VALIDATION_SHARE} is for validation: put more there")
+        self.layout, self.size, self.train, self.flip, self.upscale = (
+            layout, size, split == "train", flip, upscale)
+        self.fields, self.void_label = fields, void_label
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.records)
 
     def __getitem__(self, item: tuple[int, Key]) -> dict[str, ndarray]:
         index, key = item
-        picture = open_picture(self.files[index], self.size)
-        if min(picture.size) < self.size and not self.upscale:
-            raise ValueError(f"{self.files[index]} has {picture.width}×{picture.height} pixels, too few for "
+        record = self.records[index]
+        pictures = [self.open(field, record) for field in self.fields]
+        (width, height), name = pictures[0].size, record.get("image", record[self.fields[0]])
+        if min(width, height) < self.size and not self.upscale:
+            raise ValueError(f"{name} has {width}×{height} pixels, too few for "
                              f"an image_size of {self.size}: remove it, lower --image-size, or add --upscale")
+        for field, picture in zip(self.fields, pictures):
+            if abs(width / height * picture.height / picture.width - 1) > 0.02:
+                raise ValueError(f"{record[field]} has {picture.width}×{picture.height} pixels but {name} "
+                                 f"{width}×{height}: both must show the same, at any resolution")
         random = look(key, index) if self.train and key is not None else None
-        return {"image": crop(picture, self.size, self.flip, random)}
+        window = choose_window(width, height, self.size, self.flip, random)
+        known = {field: cut_out(picture, window, field) for field, picture in zip(self.fields, pictures)}
+        return known | ({"label": np.int64(record["label"])} if "label" in record else {})
+
+    def open(self, field: str, record: dict) -> Image.Image:
+        if field == "image":
+            return open_picture(record["image"], self.size)
+        if field == "segmentation":
+            return open_labels(record["segmentation"], self.void_label)
+        if field == "depth":
+            return open_depth(record["depth"])
+        return open_pose(record["pose"], record.get("image"), self.size)
+
+    def segments(self) -> int:
+        """Labels of the masks: one more than the largest, for which all are read. ValueError if none."""
+        if self.layout == "ade20k":
+            return ADE20K_SEGMENTS
+        masks = (np.asarray(self.open("segmentation", record)) for record in self.records)
+        largest = max(int(labels.max(initial=0, where=labels != NO_LABEL)) for labels in masks)
+        if largest < 1:
+            raise ValueError(f"masks like {self.records[0]['segmentation']} hold no label but 0, and "
+                             f"{NO_LABEL} where a pixel has none: number the labels from 0 on")
+        return largest + 1
 
     def fingerprint(self) -> str:
-        return f"folder {self.size} {self.train} {self.flip} {self.upscale} {stamp(self.files)}"
+        values = [record[field] for record in self.records for field in (*self.fields, "label")
+                  if field in record]
+        files = [value for value in values if isinstance(value, Path)]
+        others = b"".join(np.asarray(value).tobytes() for value in values if not isinstance(value, Path))
+        return (f"{self.layout} {self.size} {self.train} {self.flip} {self.upscale} {self.fields} "
+                f"{self.void_label} {stamp(files)} {hashlib.sha256(others).hexdigest()}")
 
 
 def look(key: Key, index: int) -> np.random.Generator:
@@ -136,56 +177,20 @@ def look(key: Key, index: int) -> np.random.Generator:
     return np.random.default_rng((*key, index, 1))
 
 
-def open_dataset(name: str, directory: str, split: str, size: int, flip: bool = False, upscale: bool = False):
-    """The `split` ("train" or "val") of S×S pictures. ValueError or FileNotFoundError say what is missing."""
+def open_dataset(name: str, directory: str, split: str, size: int, flip: bool = False, upscale: bool = False,
+                 fields: tuple[str, ...] = ("image",), void_label: int = NO_LABEL):
+    """The `split` ("train" or "val") of S×S pictures. ValueError or FileNotFoundError say what is missing.
+
+    `void_label` is what pixels without a label have in the masks, apart from 255.
+    """
+    assert name in DATASETS and set(fields) <= set(OFFERED[name]), (name, fields)
     if name == "scenes":
-        return Scenes(split, size)
+        return Scenes(split, size, fields)
     if name == "cifar10":
         if size != 32:
             raise ValueError(f"CIFAR-10 has pictures of 32×32; image_size is {size}")
         return Cifar10(split, Path(directory), flip)
-    assert name == "folder", name
-    return Folder(split, Path(directory), size, flip, upscale)
-
-
-def open_picture(path: Path, size: int) -> Image.Image:
-    """Any picture as RGB, upright, transparency laid on white. Raises ValueError for a file that is none.
-
-    Grey, palette, CMYK and 16-bit are converted. `size` lets the JPEG decoder skip detail the resize loses.
-    """
-    try:
-        with Image.open(path) as file:
-            file.draft("RGB", (2 * size, 2 * size))
-            picture = ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture ({error}): remove or replace it") from None
-    if picture.mode.startswith(("I", "F")):  # 16-bit grey: scale to 8 bits, `convert` would clip
-        grey = np.asarray(picture, np.float32)
-        scale = 257 if picture.mode.startswith("I;16") or grey.max() > 255 else 1
-        picture = Image.fromarray((grey / scale).clip(0, 255).round().astype(np.uint8))
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
-def crop(picture: Image.Image, size: int, flip: bool, random: np.random.Generator | None) -> ndarray:
-    """Resize the shorter side to S, cut out S×S pixels, (3, S, S) uint8: at random, or if None the centre."""
-    scale = size / min(picture.size)
-    width, height = (max(size, round(side * scale)) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    left, top = (width - size) // 2, (height - size) // 2
-    if random is not None:
-        left, top = random.integers(width - size + 1), random.integers(height - size + 1)
-    pixels = np.asarray(picture)[top:top + size, left:left + size]  # (S, S, 3)
-    if flip and random is not None and random.random() < 0.5:
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (S, S, 3) → (3, S, S)
-
-
-def kept_for_validation(path: Path) -> bool:
-    """A fixed choice by file name: adding pictures moves none of the others."""
-    return int(hashlib.sha256(path.as_posix().encode()).hexdigest(), 16) % VALIDATION_SHARE == 0
+    return Files(name, split, Path(directory), size, flip, upscale, fields, void_label)
 
 
 def stamp(files: list[Path]) -> str:
@@ -245,14 +250,40 @@ def fixed_order(count: int, batch_size: int, key: Key = None, rank: int = 0,
     return [[(index, key) for index in mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
 
 
-def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device,
-         workers: int) -> Iterator[Tensor]:
-    """The pictures of each batch of an order: (B, C, H, W) float32 in [−1, 1] on the device."""
+def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device, workers: int,
+         field: str = "image", channels: int = 3) -> Iterator[Tensor]:
+    """What a first stage sees of each batch of an order: (B, C, H, W) on the device; see `as_input`."""
     batches = DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=device.type == "cuda",
                          worker_init_fn=leave_interrupts_to_the_run,
                          generator=torch.Generator())  # its own: must not advance the run's random state
     for batch in batches:
-        yield batch["image"].to(device, non_blocking=True).float() / 127.5 - 1
+        values = batch[field]
+        if field == "segmentation" and (values[values != NO_LABEL] >= channels).any():
+            raise ValueError(f"a mask has the label {int(values[values != NO_LABEL].max())}, but segments is "
+                             f"{channels}: raise --segments, or name the label of no class with --void-label")
+        yield as_input(values.to(device, non_blocking=True), field, channels)
+
+
+def as_input(values: Tensor, field: str, channels: int) -> Tensor:
+    """A field of a batch for a first stage, (B, C, H, W) float32: in [−1, 1], but masks as one-hot (§A.1).
+
+    Pixels without a label are 0 in all channels of that.
+    """
+    if field == "segmentation":
+        labels = torch.arange(channels, device=values.device)[:, None, None]
+        return (values[:, None] == labels).float()  # (B, H, W) → (B, C, H, W)
+    return values[:, None] if field == "depth" else values.float() / 127.5 - 1
+
+
+def as_pictures(inputs: Tensor, field: str) -> Tensor:
+    """Inputs or outputs (B, C, H, W) to look at, in [−1, 1]: a colour for each label, black for none."""
+    if field != "segmentation":
+        return inputs
+    # Neighbouring labels get hues far apart: the golden angle.
+    colours = torch.tensor([colorsys.hsv_to_rgb(0.381966 * i % 1, 0.4 + 0.2 * (i % 4), 1 - 0.15 * (i % 3))
+                            for i in range(inputs.shape[1])], device=inputs.device)  # (C, 3)
+    pictures = 2 * colours[inputs.argmax(1)].permute(0, 3, 1, 2) - 1  # (B, H, W) → (B, 3, H, W)
+    return torch.where(inputs.any(1, keepdim=True), pictures, -1.0)
 
 
 def leave_interrupts_to_the_run(worker: int):
@@ -262,7 +293,7 @@ def leave_interrupts_to_the_run(worker: int):
 
 def worker_count(asked: int, name: str) -> int:
     """Processes that prepare pictures. −1 asked: none for data in memory or drawn, else one per core, ≤ 8."""
-    return min(8, os.cpu_count() or 1) if asked < 0 and name == "folder" else max(asked, 0)
+    return min(8, os.cpu_count() or 1) if asked < 0 and name in LAYOUTS else max(asked, 0)
 
 
 @torch.no_grad()

@@ -252,24 +252,31 @@ class Adversary:
         self.discriminator.requires_grad_(True)
         return loss
 
-    def train(self, images: Tensor, reconstructions: Tensor, lr: float) -> dict[str, Tensor]:
-        """One step on pictures and their reconstructions (B, C, H, W); its loss and mean logits, for the log.
+    def backward(self, images: Tensor, reconstructions: Tensor, share: float) -> dict[str, Tensor]:
+        """Add the gradients of pictures and their reconstructions (B, C, H, W), a `share` of the step's.
 
-        The two pass apart, so that neither is normalized by the other's statistics. Several processes average
-        their gradients here: DistributedDataParallel overwrites the norms' buffers in each of two passes.
+        The two pass apart, so that neither is normalized by the other's statistics. Returns the loss and the
+        mean logits, for the log.
         """
         real = self.discriminator(images)  # (B, 1, h', w')
         fake = self.discriminator(reconstructions.detach())
         loss = hinge_loss(real, fake)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (share * loss).backward()
+        return {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+
+    def step(self, lr: float):
+        """Move the discriminator by the gradients since the last step.
+
+        Several processes average them here: DistributedDataParallel overwrites the norms' buffers in each of
+        two passes.
+        """
         if self.world > 1:
             for weight in self.discriminator.parameters():
                 torch.distributed.all_reduce(weight.grad)
                 weight.grad /= self.world
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
-        return {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict:
         return {"discriminator": self.discriminator.state_dict(), "optimizer": self.optimizer.state_dict(),
@@ -283,15 +290,23 @@ class Adversary:
             state["steps"], (self.trains_from, self.heard_from)))
 
 
+def cross_entropy(one_hot: Tensor, logits: Tensor) -> Tensor:
+    """Of masks (B, C, H, W), mean over the pixels that have a label, in nats; scalar."""
+    nats = -(one_hot * logits.log_softmax(1)).sum()
+    return nats / one_hot.sum().clamp(min=1)
+
+
 def autoencoder_loss(images: Tensor, reconstructions: Tensor, quantization_loss: Tensor,
                      perceptual: PerceptualLoss | None, perceptual_weight: float, adversary: Adversary | None,
-                     last_layer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                     last_layer: Tensor, one_hot: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     """What the autoencoder minimizes, and its parts for the log, all scalar; None leaves a part out.
 
-    Of images and reconstructions (B, C, H, W); `last_layer` is the decoder's last weight.
+    Of images and reconstructions (B, C, H, W), or with `one_hot` of masks and their logits; `last_layer` is
+    the decoder's last weight.
     """
-    parts = {"l1": F.l1_loss(reconstructions, images), "vq": quantization_loss}
-    nll = parts["l1"]
+    name, reconstruction_loss = ("cross_entropy", cross_entropy) if one_hot else ("l1", F.l1_loss)
+    parts = {name: reconstruction_loss(images, reconstructions), "vq": quantization_loss}
+    nll = parts[name]
     if perceptual:
         parts["perceptual"] = perceptual(images, reconstructions).mean()
         nll = nll + perceptual_weight * parts["perceptual"]
@@ -301,3 +316,18 @@ def autoencoder_loss(images: Tensor, reconstructions: Tensor, quantization_loss:
         parts["lambda"] = adaptive_weight(nll, generator_loss, last_layer, adversary.world)
         loss = loss + adversary.weight * parts["lambda"] * generator_loss
     return loss, parts
+
+
+def score_sums(images: Tensor, reconstructions: Tensor, perceptual: PerceptualLoss | None,
+               one_hot: bool) -> Tensor:
+    """Sums of L1 and of LPIPS (of what can be shown, in [−1, 1]), and the pictures' number: (3,).
+
+    Of masks: sums of nats and of labels that come back, and the number of pixels that have one.
+    """
+    if one_hot:
+        right = (reconstructions.argmax(1) == images.argmax(1)) & images.any(1)  # (B, H, W)
+        labelled = images.sum()
+        return torch.stack([cross_entropy(images, reconstructions) * labelled, right.sum(), labelled])
+    l1 = (reconstructions - images).abs().mean((1, 2, 3)).sum()
+    lpips = perceptual(images, reconstructions.clamp(-1, 1)).sum() if perceptual else torch.zeros_like(l1)
+    return torch.stack([l1, lpips, torch.full_like(l1, len(images))])

@@ -105,10 +105,11 @@ def check_betas(config: Any):
             raise ValueError(f"{name} is {getattr(config, name)}; it must lie in [0, 1)")
 
 
-def check_shared_evenly(batch_size: int, world: int):
-    if batch_size % world:
-        raise ValueError(f"batch_size is {batch_size}, which {world} processes cannot share evenly; "
-                         f"choose a multiple of {world}")
+def check_shared_evenly(batch_size: int, world: int, accumulate: int = 1):
+    if batch_size % (world * accumulate):
+        parts = f" in {accumulate} parts each" if accumulate > 1 else ""
+        raise ValueError(f"batch_size is {batch_size}, which {world} processes cannot share evenly{parts}; "
+                         f"choose a multiple of {world * accumulate}")
 
 
 def learning_rate(config: Any, step: int) -> float:

@@ -18,6 +18,7 @@ CLASSES = ("ball", "house", "tree", "tent")  # the kind of the largest object is
 SEGMENTS = ("sky", "ground", "sun", "ball", "house", "tree", "tent", "person")  # labels of the mask
 KEYPOINTS = ("head", "neck", "hip", "left elbow", "left hand", "right elbow", "right hand",
              "left knee", "left foot", "right knee", "right foot")
+LIMBS = ((1, 0), (1, 2), (1, 3), (3, 4), (1, 5), (5, 6), (2, 7), (7, 8), (2, 9), (9, 10))  # between them
 SPLITS = {"train": 0, "val": 1}
 
 SKIES = ((140, 195, 245), (250, 185, 140), (50, 60, 115))  # day, dusk, night

@@ -3,10 +3,11 @@
     python train_vq.py                                        the drawn scenes, about 2 minutes on 2 CPU cores
     python train_vq.py --preset cifar10 --data-dir data       CIFAR-10 as in §2
     python train_vq.py --data folder --data-dir my_pictures   your own pictures
+    python train_vq.py --target depth                         the first stage of a condition, §4
     torchrun --nproc-per-node 4 train_vq.py --preset paper    several GPUs
 
 Leaves checkpoint.pt, log.jsonl and pictures in --out: inputs above reconstructions, and the use of each code
-(bright: often, red: never). Ctrl-C saves; --resume goes on.
+(bright: often, red: never). Ctrl-C saves; --resume goes on. layouts.py says which files are looked for.
 """
 import itertools
 import math
@@ -20,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import run
-from losses import SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, autoencoder_loss
+from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, autoencoder_loss,
+                    score_sums)
 from vq import VQ, VQConfig, as_vectors, codebook_use
 
 
@@ -28,13 +30,16 @@ from vq import VQ, VQConfig, as_vectors, codebook_use
 class TrainConfig:
     """The defaults are the paper's; `PRESETS` says what differs. Raises ValueError for unworkable values."""
     preset: str = "paper"  # demo, cifar10 or paper: which set of defaults the other flags change
-    out: str = ""  # folder of this run; empty: runs/vq-PRESET-DATA
+    out: str = ""  # folder of this run; empty: runs/vq-PRESET-DATA, or runs/vq-PRESET-DATA-TARGET
     resume: bool = False  # go on from checkpoint.pt in that folder
     seed: int = 0  # of the weights, the order of the pictures and their crops
     device: str = "auto"  # cpu, cuda, cuda:1, …; auto: a GPU if there is one
 
-    data: str = "folder"  # scenes (drawn, no files), cifar10, or folder (any folder of pictures)
+    data: str = "folder"  # scenes, cifar10, folder, imagenet, restricted-imagenet, ade20k, deepfashion
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
+    target: str = "image"  # what is coded: image, segmentation, depth or pose, §4
+    segments: int = 0  # labels of the masks, for --target segmentation; 0: as many as are found in them
+    void_label: int = 255  # in the masks: pixels that have no label (255 always means that, too)
     image_size: int = 256  # pixels along each side, §2
     flip: bool = False  # mirror half of the training pictures
     upscale: bool = False  # enlarge pictures that are smaller than image_size instead of refusing them
@@ -48,16 +53,17 @@ class TrainConfig:
     commitment_weight: float = VQConfig.commitment_weight  # beta, pull of the encoder towards its code, §A.1
     restart_every: int = 100  # steps after which codes that were not used move onto encoder outputs; 0: never
 
-    perceptual: str = "vgg16"  # LPIPS beside L1, §A.1, by the features of vgg16 or alexnet; or none
+    perceptual: str = "vgg16"  # LPIPS beside L1, §A.1, by vgg16 or alexnet; or none, as always for masks
     perceptual_weights: str = ""  # file of LPIPS weights; empty: fetched once, 553 MB (alexnet: 244 MB)
-    perceptual_weight: float = 1.0  # of LPIPS; this and the next three as in the authors' released model
-    discriminator_weight: float = 0.8  # of the discriminator's gradient beside that of L1 + LPIPS; 0: none
+    perceptual_weight: float = 1.0  # of LPIPS (0: only measured); this and the next three: the authors' release
+    discriminator_weight: float = 0.8  # of its gradient beside that of L1 + LPIPS; 0: none, as for masks
     discriminator_start: float = 0.5  # share of the steps after which the autoencoder hears it; 1: never
     discriminator_warmup: float = 0.02  # share of the steps, before its start, in which it trains unheard
     discriminator_layers: int = 3  # its depth: 3 judges patches of 70×70 pixels, 2 of 34×34, 1 of 16×16
 
     steps: int = 500_000  # training steps; the paper gives none
     batch_size: int = 12  # pictures per step, over all processes, §A.1
+    accumulate: int = 1  # parts of each process's share of them that pass one by one, to save memory
     lr: float = 12 * 4.5e-6  # learning rate, §A.1
     beta1: float = 0.5  # of Adam; this and the next as in the authors' released model
     beta2: float = 0.9  # of Adam
@@ -74,28 +80,39 @@ class TrainConfig:
 
     def __post_init__(self):
         run.check_choice("data", self.data, data.DATASETS)
+        run.check_choice("target", self.target, data.OFFERED[self.data])
         run.check_choice("perceptual", self.perceptual, ("none", *SMALLEST))
-        run.check_at_least(self, 1, "image_size", "discriminator_layers", "steps", "batch_size", "log_every",
-                           "eval_every", "checkpoint_every")
-        run.check_at_least(self, 0, "seed", "restart_every", "warmup_steps", "lr", "perceptual_weight",
-                           "discriminator_weight", "discriminator_start", "discriminator_warmup")
+        run.check_at_least(self, 1, "image_size", "discriminator_layers", "steps", "batch_size", "accumulate",
+                           "log_every", "eval_every", "checkpoint_every")
+        run.check_at_least(self, 0, "seed", "segments", "void_label", "restart_every", "perceptual_weight",
+                           "discriminator_weight", "discriminator_start", "discriminator_warmup", "lr",
+                           "warmup_steps")
         run.check_at_least(self, -1, "workers")
         run.check_betas(self)
         if self.codebook_size > 65536:
             raise ValueError(f"codebook_size is {self.codebook_size}; codes are stored in 16 bits, "
                              "so it must be at most 65536")
-        if self.image_size % self.model.downsampling:
+        if self.image_size % self.model().downsampling:
             raise ValueError(f"image_size is {self.image_size}, which channel_multipliers "
                              f"{self.channel_multipliers!r} cannot halve evenly; choose a multiple of "
-                             f"{self.model.downsampling}")
-        smallest = max(SMALLEST.get(self.perceptual, 1), 3 * 2**self.discriminator_layers * self.adversarial)
+                             f"{self.model().downsampling}")
+        smallest = max(SMALLEST[self.perceptual] if self.perceives else 1,
+                       3 * 2**self.discriminator_layers if self.adversarial else 1)
         if self.image_size < smallest:
             raise ValueError(f"image_size is {self.image_size}, too small for this perceptual loss or "
                              f"discriminator; choose at least {smallest}, or do without one of the two")
 
     @property
+    def one_hot(self) -> bool:
+        return self.target == "segmentation"
+
+    @property
+    def perceives(self) -> bool:
+        return self.perceptual != "none" and not self.one_hot
+
+    @property
     def adversarial(self) -> bool:
-        return self.discriminator_weight > 0 and self.discriminator_start < 1
+        return self.discriminator_weight > 0 and self.discriminator_start < 1 and not self.one_hot
 
     @property
     def discriminator_steps(self) -> tuple[int, int]:
@@ -105,11 +122,11 @@ class TrainConfig:
 
     @property
     def folder(self) -> Path:
-        return Path(self.out or f"runs/vq-{self.preset}-{self.data}")
+        target = "" if self.target == "image" else f"-{self.target}"
+        return Path(self.out or f"runs/vq-{self.preset}-{self.data}{target}")
 
-    @property
-    def model(self) -> VQConfig:
-        return VQConfig(3, self.base_channels, self.channel_multipliers, self.residual_blocks,
+    def model(self, channels: int = 3) -> VQConfig:
+        return VQConfig(channels, self.base_channels, self.channel_multipliers, self.residual_blocks,
                         self.codebook_size, self.code_width, self.commitment_weight)
 
 
@@ -135,21 +152,24 @@ def main(argv: list[str] | None = None) -> Path:
     config, checkpoint = run.configure(PRESETS, argv)
     process = run.start(config.device, config.seed)
     device, rank, world = process
-    run.check_shared_evenly(config.batch_size, world)
+    run.check_shared_evenly(config.batch_size, world, config.accumulate)
     path = config.folder / "checkpoint.pt"
 
     training, validation = (
-        data.open_dataset(config.data, config.data_dir, split, config.image_size, config.flip, config.upscale)
+        data.open_dataset(config.data, config.data_dir, split, config.image_size, config.flip, config.upscale,
+                          (config.target,), config.void_label)
         for split in ("train", "val"))
     workers = data.worker_count(config.workers, config.data)
     perceptual = open_perceptual_loss(config, process)
     config.folder.mkdir(parents=True, exist_ok=True)
 
-    vq = VQ(config.model).to(device)
+    model_config = (VQConfig(**checkpoint["model_config"]) if checkpoint
+                    else config.model(input_channels(config, training, validation)))
+    vq = VQ(model_config).to(device)
     model = DistributedDataParallel(vq) if world > 1 else vq
     optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2),
                                  fused=device.type == "cuda")
-    adversary = open_adversary(config, process)
+    adversary = open_adversary(config, vq, process)
     uses = torch.zeros(config.codebook_size, dtype=torch.int64, device=device)  # (K,) recent uses of a code
     first_step = 0
     if checkpoint:
@@ -164,45 +184,51 @@ def main(argv: list[str] | None = None) -> Path:
     def save(step: int):
         if rank == 0:
             run.save_checkpoint(path, {
-                "kind": "vq", "config": asdict(config), "model_config": asdict(config.model),
+                "kind": "vq", "config": asdict(config), "model_config": asdict(model_config),
                 "model": vq.state_dict(), "optimizer": optimizer.state_dict(), "uses": uses, "step": step,
                 "adversary": adversary and adversary.state_dict(), "random": run.random_state()})
 
     if rank == 0:
         parameters = sum(weight.numel() for weight in vq.parameters())
-        side = config.image_size // config.model.downsampling
-        print(f"first stage: {len(training):,} training and {len(validation):,} validation pictures of "
-              f"{config.image_size}×{config.image_size} → {side}×{side} of {config.codebook_size} codes · "
-              f"{parameters:,} parameters · {device} · {config.folder}", flush=True)
+        side = config.image_size // model_config.downsampling
+        print(f"first stage: {len(training):,} training and {len(validation):,} validation pictures "
+              f"({config.target}) of {model_config.image_channels}×{config.image_size}×{config.image_size} → "
+              f"{side}×{side} of {config.codebook_size} codes · {parameters:,} parameters · {device} · "
+              f"{config.folder}", flush=True)
     log = run.Log(config.folder, process, first_step, config.steps)
     order = data.training_order(len(training), config.batch_size, config.seed, first_step, rank, world)
-    batches = data.load(training, order, device, workers)
+    batches = data.load(training, order, device, workers, config.target, model_config.image_channels)
     if first_step == 0:
         initialize_codebook(vq, training, config, process)
-    picture, scores_text = "nothing was left to do", ""
+    picture, scores = "nothing was left to do", {}
 
     with run.stop_signal(process) as stopping:
         for step in range(first_step + 1, config.steps + 1):
             lr = run.learning_rate(config, step - 1)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            images = next(batches)  # (B, C, H, W)
-            with process.autocast():
-                reconstructions, codes, quantization_loss = model(images)  # once, for both optimizers
-            reconstructions = reconstructions.float()
             heard = adversary if adversary and step >= adversary.heard_from else None
-            loss, parts = autoencoder_loss(images, reconstructions, quantization_loss, perceptual,
-                                           config.perceptual_weight, heard, vq.decoder[-1].weight)
+            trains = adversary if adversary and step >= adversary.trains_from else None
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            batch = next(batches)  # (B, C, H, W)
+            for images in batch.chunk(config.accumulate):  # (B / accumulate, C, H, W)
+                with process.autocast():
+                    reconstructions, codes, quantization_loss = model(images)  # once, for both optimizers
+                reconstructions = reconstructions.float()
+                loss, parts = autoencoder_loss(images, reconstructions, quantization_loss,
+                                               perceptual if config.perceptual_weight else None,
+                                               config.perceptual_weight, heard, vq.decoder[-1].weight,
+                                               config.one_hot)
+                (loss / config.accumulate).backward()
+                if trains:
+                    parts |= trains.backward(images, reconstructions, share=1 / config.accumulate)
+                log.add(**parts)
+                uses += torch.bincount(codes.flatten(), minlength=config.codebook_size)
             optimizer.step()
-            if adversary and step >= adversary.trains_from:
-                parts |= adversary.train(images, reconstructions, lr)
-
-            log.add(**parts)
-            uses += torch.bincount(codes.flatten(), minlength=config.codebook_size)
+            if trains:
+                trains.step(lr)
             if config.restart_every and step % config.restart_every == 0:
-                restart_dead_codes(vq, optimizer, process.total(uses), images, process)
+                restart_dead_codes(vq, optimizer, process.total(uses), batch, process)
                 uses.zero_()
 
             last, stop = step == config.steps, stopping()
@@ -211,12 +237,9 @@ def main(argv: list[str] | None = None) -> Path:
             if evaluating:
                 picture = config.folder / f"step-{step:06d}.png"
                 scores = evaluate(vq, perceptual, validation, config, process, picture)
-                lpips_text = f" LPIPS {scores['val_lpips']:.4f}" if perceptual else ""
-                scores_text = (f" · val L1 {scores['val_l1']:.4f}{lpips_text} · {scores['codes_used']} of "
-                               f"{config.codebook_size} codes in use, perplexity {scores['perplexity']:.0f}")
             if evaluating or saving or step % config.log_every == 0:
                 means = log.means()
-                text = f"{loss_text(means)}{scores_text} · lr {lr:.1e}"
+                text = f"{status_text(means, scores, config.codebook_size)} · lr {lr:.1e}"
                 numbers = means | {"lr": lr} | (scores if evaluating else {})
                 log.line(step, text, numbers, "images", config.batch_size)
             if saving:
@@ -229,11 +252,18 @@ def main(argv: list[str] | None = None) -> Path:
     return path
 
 
+def input_channels(config: TrainConfig, training, validation) -> int:
+    """Channels of what is coded; of masks, one for each label."""
+    if config.one_hot:
+        return config.segments or max(training.segments(), validation.segments())
+    return 1 if config.target == "depth" else 3
+
+
 def open_perceptual_loss(config: TrainConfig, process: run.Process) -> PerceptualLoss | None:
-    if config.perceptual == "none":
-        if config.perceptual_weights:
-            raise ValueError("perceptual_weights names a file but perceptual is 'none'; "
-                             "add --perceptual vgg16 or alexnet, whichever it is for")
+    if config.perceptual == "none" and config.perceptual_weights:
+        raise ValueError("perceptual_weights names a file but perceptual is 'none'; "
+                         "add --perceptual vgg16 or alexnet, whichever it is for")
+    if not config.perceives:
         return None
     if process.rank > 0:
         process.wait_for_all()  # until the first has fetched the weights
@@ -243,29 +273,33 @@ def open_perceptual_loss(config: TrainConfig, process: run.Process) -> Perceptua
     return perceptual
 
 
-def open_adversary(config: TrainConfig, process: run.Process) -> Adversary | None:
+def open_adversary(config: TrainConfig, vq: VQ, process: run.Process) -> Adversary | None:
     if not config.adversarial:
         return None
     with torch.random.fork_rng(devices=[]):  # the autoencoder starts as it would without
-        network = PatchDiscriminator(config.model.image_channels, layers=config.discriminator_layers)
+        network = PatchDiscriminator(vq.config.image_channels, layers=config.discriminator_layers)
     return Adversary(network.to(process.device), config.discriminator_weight, (config.beta1, config.beta2),
                      config.discriminator_steps, process.world)
 
 
-def loss_text(means: dict[str, float]) -> str:
-    """The status line's account of the losses that this run has by now."""
-    texts = {"l1": "train L1 {:.4f}", "perceptual": " + LPIPS {:.4f}", "vq": " + vq {:.4f}",
-             "lambda": " · λ {:.3g}", "discriminator": " · discriminator {:.3f}",
-             "logits_real": ", logits real {:+.2f}", "logits_fake": " fake {:+.2f}"}
-    return "".join(text.format(means[name]) for name, text in texts.items() if name in means)
+def status_text(means: dict[str, float], scores: dict[str, float], codebook_size: int) -> str:
+    """The status line's account of the losses that this run has by now, and of the last evaluation."""
+    texts = {"l1": "train L1 {:.4f}", "cross_entropy": "train {:.4f} nats/pixel",
+             "perceptual": " + LPIPS {:.4f}", "vq": " + vq {:.4f}", "lambda": " · λ {:.3g}", "discriminator": " · discriminator {:.3f}",
+             "logits_real": ", logits real {:+.2f}", "logits_fake": " fake {:+.2f}",
+             "val_l1": " · val L1 {:.4f}", "val_cross_entropy": " · val {:.4f} nats/pixel",
+             "val_accuracy": ", {:.2%} of labels right", "val_lpips": " LPIPS {:.4f}",
+             "codes_used": f" · {{}} of {codebook_size} codes in use", "perplexity": ", perplexity {:.0f}"}
+    numbers = means | scores
+    return "".join(text.format(numbers[name]) for name, text in texts.items() if name in numbers)
 
 
 def initialize_codebook(vq: VQ, training, config: TrainConfig, process: run.Process):
     """Codes start where the encoder's outputs are: at random, most of the 1,024 would never be chosen."""
-    cells = (config.image_size // config.model.downsampling) ** 2  # codes per picture
+    cells = (config.image_size // vq.config.downsampling) ** 2  # codes per picture
     enough = 16 * config.codebook_size // cells // config.batch_size + 1
     order = itertools.islice(data.training_order(len(training), config.batch_size, config.seed), enough)
-    images = data.load(training, order, process.device, workers=0)
+    images = data.load(training, order, process.device, 0, config.target, vq.config.image_channels)
     with torch.no_grad():
         vq.quantizer.initialize(torch.cat([as_vectors(vq.latents(batch)) for batch in images]))  # (N, D)
     if process.world > 1:  # sums on a GPU differ in the last bit from process to process
@@ -289,29 +323,29 @@ def restart_dead_codes(vq: VQ, optimizer: torch.optim.Optimizer, uses: Tensor, i
 @torch.no_grad()
 def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: TrainConfig, process: run.Process,
              picture: Path) -> dict[str, float]:
-    """L1, LPIPS (of what can be shown, in [−1, 1]) and codebook use over all validation pictures.
+    """Codebook use over all validation pictures, and how well they come back: see `score_sums`.
 
     Writes some inputs above their reconstructions, and the use of each code; warns if hardly any is used.
     """
     counts = torch.zeros(config.codebook_size, device=process.device)  # (K,)
-    sums = torch.zeros(3, device=process.device)  # of L1 and LPIPS over pictures, number of pictures
+    names = ["val_cross_entropy", "val_accuracy"] if config.one_hot else ["val_l1", "val_lpips"]
+    sums = torch.zeros(3, dtype=torch.float64, device=process.device)  # of both scores, and their number
     batch_size = max(16, config.batch_size // process.world)
     order = data.fixed_order(len(validation), batch_size, rank=process.rank, world=process.world)
     workers = data.worker_count(config.workers, config.data)
-    for i, images in enumerate(data.load(validation, order, process.device, workers)):
+    batches = data.load(validation, order, process.device, workers, config.target, vq.config.image_channels)
+    for i, images in enumerate(batches):
         with process.autocast():
             reconstructions, codes, _ = vq(images)
-        sums[0] += (reconstructions - images).abs().mean((1, 2, 3)).sum()
-        if perceptual:
-            sums[1] += perceptual(images, reconstructions.float().clamp(-1, 1)).sum()
-        sums[2] += len(images)
+        sums += score_sums(images, reconstructions.float(), perceptual, config.one_hot)
         counts += torch.bincount(codes.flatten(), minlength=config.codebook_size)
         if i == 0 and process.rank == 0:
             columns = min(8, len(images))
-            rows = zip(images[:16].split(columns), reconstructions[:16].split(columns))
+            rows = zip(*(data.as_pictures(x[:16], config.target).split(columns)
+                         for x in (images, reconstructions)))
             rows = [row for pair in rows if len(pair[0]) == columns for row in pair]
             run.save_picture(run.picture_grid(torch.cat(rows), columns), picture)
-    l1, lpips, pictures = process.total(sums).tolist()
+    *totals, count = process.total(sums).tolist()
     counts = process.total(counts)
     used, perplexity = codebook_use(counts)
     if process.rank == 0:
@@ -320,8 +354,9 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
             print(f"warning: the validation pictures use {used} of {len(counts)} codes; what helps: a "
                   "--restart-every of 25 to 100, a smaller --code-width or --codebook-size, a lower --lr",
                   flush=True)
-    scores = {"val_l1": l1 / pictures, "codes_used": used, "perplexity": perplexity}
-    return scores | ({"val_lpips": lpips / pictures} if perceptual else {})
+    scores = {name: total / count for name, total in zip(names, totals)
+              if name != "val_lpips" or perceptual}
+    return scores | {"codes_used": used, "perplexity": perplexity}
 
 
 def picture_of_use(counts: Tensor) -> Image.Image:
