@@ -60,7 +60,7 @@ class Scenes:
         known = scene._asdict() | {"image": scene.image.transpose(2, 0, 1)}  # (S, S, 3) → (3, S, S)
         if "pose" in self.fields:  # drawn at four times the size, for smooth edges
             pose = draw_keypoints(4 * scene.keypoints, (4 * self.size, 4 * self.size), scenes.LIMBS).reduce(4)
-            known["pose"] = np.asarray(pose).transpose(2, 0, 1)  # (S, S, 3) → (3, S, S)
+            known["pose"] = np.array(pose).transpose(2, 0, 1)  # (S, S, 3) → (3, S, S)
         known = {field: known[field] for field in (*self.fields, "label")}
         if self.size <= 64:
             self.drawn[index] = known
@@ -175,6 +175,12 @@ class Files:
 def look(key: Key, index: int) -> np.random.Generator:
     """Random numbers of one look at one picture; the 1 keeps them apart from those that shuffle the epoch."""
     return np.random.default_rng((*key, index, 1))
+
+
+def check_offered(name: str, field: str):
+    """Raises ValueError if a data set does not have a field."""
+    if field not in OFFERED[name]:
+        raise ValueError(f"{name} has no {field!r}; it has {', '.join(OFFERED[name])}")
 
 
 def open_dataset(name: str, directory: str, split: str, size: int, flip: bool = False, upscale: bool = False,

@@ -307,7 +307,7 @@ def autoencoder_loss(images: Tensor, reconstructions: Tensor, quantization_loss:
     name, reconstruction_loss = ("cross_entropy", cross_entropy) if one_hot else ("l1", F.l1_loss)
     parts = {name: reconstruction_loss(images, reconstructions), "vq": quantization_loss}
     nll = parts[name]
-    if perceptual:
+    if perceptual and perceptual_weight:
         parts["perceptual"] = perceptual(images, reconstructions).mean()
         nll = nll + perceptual_weight * parts["perceptual"]
     loss = nll + quantization_loss

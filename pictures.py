@@ -137,4 +137,4 @@ def cut_out(picture: Image.Image, window: Window, field: str) -> ndarray:
     picture = picture.resize((window.width, window.height), RESAMPLING[field], reducing_gap=3.0)
     pixels = np.asarray(picture)[window.top:window.top + window.size, window.left:window.left + window.size]
     pixels = pixels[:, ::-1] if window.mirrored else pixels
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels)
+    return np.array(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels, order="C")  # not Pillow's own

@@ -107,9 +107,9 @@ def check_betas(config: Any):
 
 def check_shared_evenly(batch_size: int, world: int, accumulate: int = 1):
     if batch_size % (world * accumulate):
-        parts = f" in {accumulate} parts each" if accumulate > 1 else ""
-        raise ValueError(f"batch_size is {batch_size}, which {world} processes cannot share evenly{parts}; "
-                         f"choose a multiple of {world * accumulate}")
+        parts = f", in {accumulate} parts each" if accumulate > 1 else ""
+        raise ValueError(f"batch_size is {batch_size}, which cannot be shared evenly by {world} process(es)"
+                         f"{parts}; choose a multiple of {world * accumulate}")
 
 
 def learning_rate(config: Any, step: int) -> float:

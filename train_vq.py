@@ -80,7 +80,7 @@ class TrainConfig:
 
     def __post_init__(self):
         run.check_choice("data", self.data, data.DATASETS)
-        run.check_choice("target", self.target, data.OFFERED[self.data])
+        data.check_offered(self.data, self.target)
         run.check_choice("perceptual", self.perceptual, ("none", *SMALLEST))
         run.check_at_least(self, 1, "image_size", "discriminator_layers", "steps", "batch_size", "accumulate",
                            "log_every", "eval_every", "checkpoint_every")
@@ -161,10 +161,10 @@ def main(argv: list[str] | None = None) -> Path:
         for split in ("train", "val"))
     workers = data.worker_count(config.workers, config.data)
     perceptual = open_perceptual_loss(config, process)
-    config.folder.mkdir(parents=True, exist_ok=True)
-
     model_config = (VQConfig(**checkpoint["model_config"]) if checkpoint
                     else config.model(input_channels(config, training, validation)))
+    config.folder.mkdir(parents=True, exist_ok=True)
+
     vq = VQ(model_config).to(device)
     model = DistributedDataParallel(vq) if world > 1 else vq
     optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2),
@@ -215,8 +215,7 @@ def main(argv: list[str] | None = None) -> Path:
                 with process.autocast():
                     reconstructions, codes, quantization_loss = model(images)  # once, for both optimizers
                 reconstructions = reconstructions.float()
-                loss, parts = autoencoder_loss(images, reconstructions, quantization_loss,
-                                               perceptual if config.perceptual_weight else None,
+                loss, parts = autoencoder_loss(images, reconstructions, quantization_loss, perceptual,
                                                config.perceptual_weight, heard, vq.decoder[-1].weight,
                                                config.one_hot)
                 (loss / config.accumulate).backward()
@@ -239,9 +238,9 @@ def main(argv: list[str] | None = None) -> Path:
                 scores = evaluate(vq, perceptual, validation, config, process, picture)
             if evaluating or saving or step % config.log_every == 0:
                 means = log.means()
-                text = f"{status_text(means, scores, config.codebook_size)} · lr {lr:.1e}"
+                text = status_text(means, scores, config.codebook_size)
                 numbers = means | {"lr": lr} | (scores if evaluating else {})
-                log.line(step, text, numbers, "images", config.batch_size)
+                log.line(step, f"{text} · lr {lr:.1e}", numbers, "images", config.batch_size)
             if saving:
                 save(step)
             if stop and not last:

@@ -18,10 +18,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import data
 import losses
 import vq
 from losses import (Adversary, PatchDiscriminator, PerceptualLoss, adaptive_weight, autoencoder_loss,
-                    hinge_loss)
+                    cross_entropy, hinge_loss, score_sums)
 
 # The convolutions of torchvision's networks: index in `features`, channels in and out, size, stride, padding.
 VGG16 = [(0, 3, 64, 3, 1, 1), (2, 64, 64, 3, 1, 1), "tap", "pool",
@@ -383,6 +384,13 @@ def adversary(steps: tuple[int, int] = (1, 1)) -> Adversary:
     return Adversary(PatchDiscriminator(base_channels=4, layers=1), 0.8, (0.5, 0.9), steps)
 
 
+def train(opponent: Adversary, images: Tensor, fakes: Tensor) -> dict[str, Tensor]:
+    """One step of its discriminator on a whole batch."""
+    numbers = opponent.backward(images, fakes, share=1.0)
+    opponent.step(lr=0.01)
+    return numbers
+
+
 def test_the_generators_loss_is_minus_the_mean_logit_and_leaves_no_gradient_in_the_discriminator():
     opponent = adversary()
     images = pictures(2, 8).requires_grad_()
@@ -399,7 +407,7 @@ def test_a_step_of_the_discriminator_is_adam_on_the_hinge_loss_of_two_separate_p
     network.load_state_dict(opponent.discriminator.state_dict())
     adam = torch.optim.Adam(network.parameters(), 0.01, betas=(0.5, 0.9))
     for _ in range(2):
-        numbers = opponent.train(images, fakes, lr=0.01)
+        numbers = train(opponent, images, fakes)
         real, fake = network(images), network(fakes.detach())
         loss = (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()) / 2
         adam.zero_grad()
@@ -415,7 +423,7 @@ def test_a_step_of_the_discriminator_is_adam_on_the_hinge_loss_of_two_separate_p
 
 def test_the_discriminator_learns_to_tell_noise_from_a_ramp():
     opponent, ramp = adversary(), torch.linspace(-1, 1, 8).expand(4, 3, 8, 8)
-    numbers = [opponent.train(ramp, pictures(4, 8), lr=0.01) for _ in range(40)]
+    numbers = [train(opponent, ramp, pictures(4, 8)) for _ in range(40)]
     assert numbers[0]["discriminator"] > 0.8 and numbers[-1]["discriminator"] < 0.3
     assert numbers[-1]["logits_real"] > 0.3 > -0.3 > numbers[-1]["logits_fake"]
 
@@ -423,13 +431,13 @@ def test_the_discriminator_learns_to_tell_noise_from_a_ramp():
 def test_an_adversary_goes_on_where_it_was_and_what_has_begun_does_not_stop():
     one, two = adversary(steps=(4, 6)), adversary(steps=(40, 60))
     images, fakes = pictures(2, 8), pictures(2, 8)
-    one.train(images, fakes, 0.01)
+    train(one, images, fakes)
     state = copy.deepcopy(one.state_dict())  # as a file would be
     two.load_state_dict(state, step=3)
     assert (two.trains_from, two.heard_from) == (40, 60)  # neither had begun: a longer run's own schedule
     two.load_state_dict(state, step=5)
     assert (two.trains_from, two.heard_from) == (4, 60)
-    numbers = [opponent.train(images, fakes, 0.01)["discriminator"] for opponent in (one, two)]
+    numbers = [train(opponent, images, fakes)["discriminator"] for opponent in (one, two)]
     assert torch.equal(*numbers)
     for weight, other in zip(one.discriminator.parameters(), two.discriminator.parameters()):
         assert torch.equal(weight, other)
@@ -482,9 +490,68 @@ def test_two_processes_with_the_same_pictures_have_the_numbers_of_one(monkeypatc
     together.world = 2
     images, fakes = pictures(2, 8), pictures(2, 8)
     for opponent in (alone, together):
-        opponent.train(images, fakes, lr=0.01)
+        train(opponent, images, fakes)
     for one, two in zip(alone.discriminator.parameters(), together.discriminator.parameters()):
-        assert torch.allclose(one.grad, two.grad, rtol=1e-5)
+        means = [adam.state[weight]["exp_avg"] for adam, weight in
+                 ((alone.optimizer, one), (together.optimizer, two))]
+        assert torch.allclose(*means, rtol=1e-5)
+
+
+def test_gradients_of_parts_add_up_to_one_step_and_do_not_outlive_it():
+    whole, parts, images, fakes = adversary(), adversary(), pictures(4, 8), pictures(4, 8)
+    parts.load_state_dict(copy.deepcopy(whole.state_dict()), step=0)
+    for network in (whole.discriminator, parts.discriminator):
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()  # its statistics are those of a part
+    for _ in range(2):
+        train(whole, images, fakes)
+        for a, b in zip(images.chunk(2), fakes.chunk(2)):
+            parts.backward(a, b, share=0.5)
+        parts.step(lr=0.01)
+        assert all(weight.grad is None for weight in parts.discriminator.parameters())
+    for one, two in zip(whole.discriminator.parameters(), parts.discriminator.parameters()):
+        assert torch.allclose(one, two, atol=1e-6)
+
+
+# Masks
+
+
+def test_cross_entropy_is_torchs_over_the_pixels_that_have_a_label():
+    labels = torch.tensor([[[0, 2, 1], [255, 1, 255]], [[2, 2, 0], [0, 255, 1]]])
+    logits = torch.randn(2, 3, 2, 3, requires_grad=True)
+    expected = F.cross_entropy(logits, labels, ignore_index=255)
+    found = cross_entropy(data.as_input(labels, "segmentation", 3), logits)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    one, two = (torch.autograd.grad(loss, logits)[0] for loss in (found, expected))
+    assert torch.allclose(one, two, atol=1e-7)
+    assert cross_entropy(torch.zeros(1, 3, 2, 2), torch.randn(1, 3, 2, 2)).item() == 0  # no label anywhere
+
+
+def test_scores_of_masks_count_only_pixels_with_a_label():
+    labels = torch.tensor([[[0, 1, 255], [2, 255, 1]]])
+    logits = torch.tensor([[[9., 9, 9], [0, 0, 0]], [[0, 0, 0], [0, 9, 9]], [[0, 0, 0], [9, 0, 0]]])[None]
+    one_hot = data.as_input(labels, "segmentation", 3)  # right: 0 yes, 1 no, 2 yes, 1 yes
+    nats, right, count = score_sums(one_hot, logits, None, one_hot=True).tolist()
+    assert (right, count) == (3, 4)
+    assert nats == pytest.approx(4 * F.cross_entropy(logits, labels, ignore_index=255).item(), rel=1e-6)
+
+
+def test_scores_of_pictures_are_sums_over_pictures_of_what_can_be_shown(alexnet):
+    images, others = pictures(3), 1.5 * pictures(3)
+    l1, lpips, count = score_sums(images, others, alexnet, one_hot=False).tolist()
+    assert count == 3
+    assert l1 == pytest.approx(3 * F.l1_loss(others, images).item(), rel=1e-5)
+    assert lpips == pytest.approx(alexnet(images, others.clamp(-1, 1)).sum().item(), rel=1e-5)
+    assert score_sums(images, others, None, one_hot=False).tolist() == pytest.approx([l1, 0, 3])
+
+
+def test_the_autoencoders_loss_of_masks_is_their_cross_entropy():
+    one_hot = data.as_input(torch.tensor([[[0, 1], [1, 255]]]), "segmentation", 2)
+    logits, last = torch.randn(1, 2, 2, 2), nn.Conv2d(2, 2, 1)
+    total, parts = autoencoder_loss(one_hot, logits, torch.tensor(0.25), None, 1.0, None, last.weight, True)
+    assert set(parts) == {"cross_entropy", "vq"}
+    assert total.item() == pytest.approx(cross_entropy(one_hot, logits).item() + 0.25)
 
 
 def test_the_adaptive_weight_makes_both_gradients_equally_long_at_the_last_layer():

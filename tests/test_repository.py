@@ -93,7 +93,7 @@ def test_presets_are_demo_cifar10_and_paper_and_the_defaults_are_the_paper(scrip
 
 def test_the_paper_preset_is_the_paper():
     vq, gpt = train_vq.PRESETS["paper"], train_gpt.PRESETS["paper"]
-    assert (vq.image_size, vq.image_size // vq.model.downsampling) == (256, 16)
+    assert (vq.image_size, vq.image_size // vq.model().downsampling) == (256, 16)
     assert (vq.codebook_size, vq.code_width) == (1024, 256)
     assert (vq.commitment_weight, vq.batch_size, vq.lr) == (0.25, 12, pytest.approx(5.4e-5))
     assert (gpt.n_layer, gpt.n_head, gpt.n_embd) == (24, 16, 1024)

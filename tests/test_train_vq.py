@@ -23,6 +23,7 @@ from PIL import Image
 import data
 import losses
 import run
+import scenes
 import train_vq
 from vq import VQ, VQConfig, as_vectors
 
@@ -106,7 +107,7 @@ def test_without_perceptual_loss_and_discriminator_the_loop_is_l1_and_quantizati
         return data.load(dataset, data.training_order(16, 4, seed=0), torch.device("cpu"), workers=0)
 
     torch.manual_seed(0)
-    vq = VQ(config.model)
+    vq = VQ(config.model())
     optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2))
     with torch.no_grad():
         vq.quantizer.initialize(as_vectors(vq.latents(next(batches()))))  # 4·256 vectors, enough for 16 codes
@@ -178,22 +179,25 @@ def test_each_loss_gets_what_it_asks_for(folder, tmp_path, monkeypatch):
     def spy(owner, name, seen):
         function = getattr(owner, name)
 
-        def recording(*arguments):
+        def recording(*arguments, **options):
             seen.append(arguments)
-            return function(*arguments)
+            return function(*arguments, **options)
         monkeypatch.setattr(owner, name, recording)
 
-    of_autoencoder, of_discriminator = [], []
+    of_autoencoder, of_discriminator, rates = [], [], []
     spy(train_vq, "autoencoder_loss", of_autoencoder)
-    spy(losses.Adversary, "train", of_discriminator)
+    spy(losses.Adversary, "backward", of_discriminator)
+    spy(losses.Adversary, "step", rates)
     found = train_vq.main([*flags(folder, tmp_path), "--steps", "2", "--discriminator-start", "0", "--lr",
                            "1e-4", "--warmup-steps", "4", "--beta1", "0.3", "--beta2", "0.7"])
     for step, (autoencoders, discriminators) in enumerate(zip(of_autoencoder, of_discriminator)):
-        images, reconstructions, *_, last_layer = autoencoders
-        _, real, fake, lr = discriminators
+        images, reconstructions, *_, last_layer, one_hot = autoencoders
+        _, real, fake = discriminators
+        _, lr = rates[step]
         levels = (images + 1) * 127.5
         assert torch.allclose(levels, levels.round(), atol=1e-3) and not reconstructions.equal(images)
         assert real is images and fake is reconstructions and last_layer.shape == (3, 8, 3, 3)
+        assert not one_hot
         assert lr == pytest.approx(1e-4 * (step + 1) / 4)
     adversary = torch.load(found, weights_only=True)["adversary"]
     assert adversary["optimizer"]["param_groups"][0]["betas"] == (0.3, 0.7)
@@ -207,6 +211,119 @@ def test_the_perceptual_and_the_discriminator_weights_reach_the_loss(folder, tra
         models.append(torch.load(out, weights_only=True)["model"])
     for one, two in itertools.combinations(models, 2):
         assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_perceptual_weight_of_0_only_measures(folder, tmp_path):
+    measured, without = [*flags(folder, tmp_path / "a", adversarial=False), "--perceptual-weight", "0"], [
+        *flags(folder, tmp_path / "b", False, False)]
+    measured, without = (train_vq.main([*arguments, "--steps", "4"]) for arguments in (measured, without))
+    assert differences(measured, without) == []
+    lines = log_of(measured)
+    assert lines[-1]["val_lpips"] > 0 and not any("perceptual" in line for line in lines)
+
+
+def test_a_batch_in_parts_trains_as_in_one_piece(folder, tmp_path):
+    whole, parts = (train_vq.main([*flags(folder, tmp_path / n, adversarial=False), "--steps", "6",
+                                   "--accumulate", n]) for n in ("1", "4"))
+    one, two = (torch.load(path, weights_only=True) for path in (whole, parts))
+    for name, weight in one["model"].items():
+        assert torch.allclose(weight, two["model"][name], rtol=1e-3, atol=1e-4), name
+    assert torch.equal(one["uses"], two["uses"])  # each code of each part, once
+    for before, after in zip(log_of(whole), log_of(parts)):
+        for name in ("l1", "perceptual", "vq"):
+            assert after[name] == pytest.approx(before[name], rel=1e-3)
+
+
+# What is coded
+
+
+def conditions(folder: Path) -> Path:
+    """The drawn scenes as files: 12 for training, 4 for validation; label 9 instead of the sky's 0."""
+    for split, count in (("train", 12), ("val", 4)):
+        for name in ("images", "segmentation", "depth", "pose"):
+            (folder / split / name).mkdir(parents=True)
+        for i in range(count):
+            scene = scenes.draw_scene(split, i, 32)
+            mask = np.where(scene.segmentation == 0, 9, scene.segmentation).astype(np.uint8)
+            Image.fromarray(scene.image).save(folder / split / "images" / f"{i}.png")
+            Image.fromarray(mask).save(folder / split / "segmentation" / f"{i}.png")
+            np.save(folder / split / "depth" / f"{i}.npy", scene.depth)
+            np.save(folder / split / "pose" / f"{i}.npy", scene.keypoints)
+    return folder
+
+
+@pytest.mark.parametrize("where", ["scenes", "folder"])
+@pytest.mark.parametrize("target, channels", [("segmentation", 8), ("depth", 1), ("pose", 3)])
+def test_masks_depth_maps_and_poses_are_coded_and_go_on_bit_for_bit(
+        target, channels, where, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(data.SCENES, "val", 4)
+    monkeypatch.setitem(data.SCENES, "train", 12)
+    files = conditions(tmp_path) if where == "folder" else tmp_path
+    base = [*flags(folder, tmp_path / "a"), "--target", target, "--data", where, "--data-dir", str(files),
+            "--void-label", "9", "--steps", "8"]
+    whole = train_vq.main(base)
+    checkpoint = torch.load(whole, weights_only=True)
+    assert checkpoint["model_config"]["image_channels"] == channels
+    assert (checkpoint["adversary"] is None) == (target == "segmentation")
+    *_, line = log_of(whole)
+    if target == "segmentation":
+        assert {"cross_entropy", "val_cross_entropy", "val_accuracy"} <= set(line)
+        assert not {"l1", "val_l1", "perceptual", "val_lpips", "lambda"} & set(line)
+    else:
+        assert {"l1", "perceptual", "lambda", "discriminator", "val_l1", "val_lpips"} <= set(line)
+
+    vq = VQ(VQConfig(**checkpoint["model_config"]))
+    vq.load_state_dict(checkpoint["model"])
+    validation = data.open_dataset(where, str(files), "val", 32, fields=(target,), void_label=9)
+    images = next(data.load(validation, data.fixed_order(4, 4), torch.device("cpu"), 0, target, channels))
+    with torch.no_grad():
+        reconstructions, _, _ = vq(images)
+    shown = np.asarray(Image.open(tmp_path / "a" / "step-000008.png"))
+    assert shown.shape[2] == 3
+    if target == "segmentation":
+        wanted = [reconstructions.argmax(1), images.argmax(1)]
+        expected = (wanted[0] == wanted[1])[images.sum(1) > 0].float().mean().item()
+        assert line["val_accuracy"] == pytest.approx(expected, abs=1e-6)
+        assert 0 < (images.sum(1) == 0).float().mean() < 0.6 if where == "folder" else images.sum(1).min() == 1
+        assert len(np.unique(shown.reshape(-1, 3), axis=0)) > 4  # colours
+    else:
+        assert line["val_l1"] == pytest.approx((images - reconstructions).abs().mean().item(), rel=1e-4)
+    assert images.shape == (4, channels, 32, 32) and images.std() > 0.1
+
+    half = [*base, "--out", str(tmp_path / "b")]
+    save = run.save_checkpoint
+
+    def save_and_stop(path, checkpoint):
+        save(path, checkpoint)
+        if checkpoint["step"] == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(run, "save_checkpoint", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_vq.main([*half, "--checkpoint-every", "5"])
+    assert differences(train_vq.main([*half, "--checkpoint-every", "5", "--resume"]), whole) == []
+
+
+def test_labels_of_the_masks_are_counted_over_both_splits_or_named(tmp_path, folder):
+    files = conditions(tmp_path / "files")
+    Image.fromarray(np.full((32, 32), 11, np.uint8)).save(files / "val" / "segmentation" / "0.png")
+    base = [*flags(folder, tmp_path / "a", False, False), "--target", "segmentation", "--data-dir", str(files),
+            "--steps", "1"]
+    for more, channels in (([], 12), (["--segments", "20"], 20)):
+        found = train_vq.main([*base, "--out", str(tmp_path / str(channels)), *more])
+        assert torch.load(found, weights_only=True)["model_config"]["image_channels"] == channels
+    with pytest.raises(ValueError, match="a mask has the label 9, but segments is 9: raise --segments"):
+        train_vq.main([*base, "--out", str(tmp_path / "c"), "--segments", "9"])
+
+
+def test_masks_use_neither_lpips_nor_discriminator_whatever_the_preset_and_have_a_folder_of_their_own():
+    masks = dataclasses.replace(train_vq.PRESETS["paper"], target="segmentation", data="ade20k")
+    assert not masks.perceives and not masks.adversarial
+    assert str(masks.folder) == "runs/vq-paper-ade20k-segmentation"
+    depth = dataclasses.replace(train_vq.PRESETS["paper"], target="depth", data="imagenet")
+    assert depth.perceives and depth.adversarial and str(depth.folder) == "runs/vq-paper-imagenet-depth"
+    assert str(train_vq.PRESETS["demo"].folder) == "runs/vq-demo-scenes"
 
 
 # Resuming
@@ -294,7 +411,7 @@ def test_a_collapsed_codebook_warns_and_says_what_helps(folder, trained, tmp_pat
     config = dataclasses.replace(train_vq.TrainConfig(**checkpoint["config"]), codebook_size=32)
     validation = data.open_dataset("folder", str(folder), "val", 32)
     process = run.Process(torch.device("cpu"), 0, 1)
-    vq = VQ(config.model)
+    vq = VQ(config.model())
     for used, warns in ((1, True), (2, False)):
         vq.quantizer.codebook.data.fill_(100.0)
         vq.quantizer.codebook.data[:used] = as_vectors(vq.latents(next(data.load(
@@ -335,6 +452,12 @@ def test_mistakes_end_in_a_sentence_and_leave_nothing(folder, tmp_path, monkeypa
         (["--discriminator-start", "-1"], 2, "discriminator_start is -1.0; it must be at least 0"),
         (["--discriminator-warmup", "-1"], 2, "discriminator_warmup is -1.0; it must be at least 0"),
         (["--perceptual-weight", "-1"], 2, "perceptual_weight is -1.0; it must be at least 0"),
+        (["--accumulate", "0"], 2, "accumulate is 0; it must be at least 1"),
+        (["--accumulate", "3"], 1, r"4, which cannot be shared evenly by 1 process\(es\), in 3 parts each; .* 3"),
+        (["--target", "normals"], 2, "'normals'; it has image, segmentation, depth, pose"),
+        (["--target", "depth", "--data", "cifar10"], 2, "cifar10 has no 'depth'; it has image"),
+        (["--target", "depth"], 1, "depth is no folder; depth files are expected there"),
+        (["--target", "segmentation", "--segments", "-1"], 2, "segments is -1; it must be at least 0"),
     ]
     for more, status, sentence in cases:
         code, errors = shell([*base, *more], monkeypatch, capsys)
@@ -357,8 +480,8 @@ class Unnormalized(losses.PatchDiscriminator):  # batch statistics depend on who
                 self.main[i] = torch.nn.Identity()
 
 kept, opened = [], train_vq.open_adversary
-def keep(config, process):
-    kept.append(opened(config, process))
+def keep(*arguments):
+    kept.append(opened(*arguments))
     return kept[-1]
 class Kept(train_vq.VQ):
     def __init__(self, config):
@@ -385,7 +508,8 @@ def test_two_processes_agree_and_compute_what_one_does(unnormalized, folder, tmp
     models = []
     for name, launcher in (("one", []), ("two", torchrun))[not unnormalized:]:
         command = [sys.executable, *launcher, str(tmp_path / "worker.py"), *flags(folder, tmp_path / name),
-                   "--steps", "8", "--restart-every", "0", "--discriminator-start", "0.25"]
+                   "--steps", "8", "--restart-every", "0", "--discriminator-start", "0.25",
+                   *([] if unnormalized else ["--accumulate", "2"])]  # λ is that of each part
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr

@@ -40,9 +40,9 @@ class Step:
     def __init__(self, device: torch.device, image_size: int, batch_size: int):
         torch.manual_seed(0)
         self.config, self.process = train_vq.PRESETS["paper"], run.Process(device, 0, 1)
-        self.vq = VQ(self.config.model).to(device)
+        self.vq = VQ(self.config.model()).to(device)
         self.perceptual = random_perceptual_loss(self.config.perceptual).to(device)
-        self.adversary = train_vq.open_adversary(self.config, self.process)
+        self.adversary = train_vq.open_adversary(self.config, self.vq, self.process)
         self.optimizer = torch.optim.Adam(self.vq.parameters(), self.config.lr, fused=device.type == "cuda")
         self.images = torch.rand(batch_size, 3, image_size, image_size, device=device) * 2 - 1
 
@@ -65,7 +65,8 @@ class Step:
             with torch.no_grad():  # in the authors' loop too, the other optimizer's weights are frozen here
                 reconstructions, _ = self.autoencode()
                 self.perceptual(self.images, reconstructions)
-        self.adversary.train(self.images, reconstructions, self.config.lr)
+        self.adversary.backward(self.images, reconstructions, share=1.0)
+        self.adversary.step(self.config.lr)
         self.synchronize()
         return time.perf_counter() - began
 
