@@ -37,7 +37,7 @@ class TrainConfig:
     seed: int = 0  # of the weights, the order of the pictures, dropout and the sampled pictures
     device: str = "auto"  # cpu, cuda, cuda:1, …; auto: a GPU if there is one
 
-    data: str = "folder"  # scenes (drawn, no files), cifar10, or folder (any folder of pictures)
+    data: str = "folder"  # scenes, cifar10, folder, imagenet, restricted-imagenet, ade20k, deepfashion
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
     workers: int = -1  # processes that prepare pictures for the encoder; -1: as many as help
     vq: str = ""  # first stage: by train_vq.py, or the authors' (vqgan.ckpt); empty: runs/vq-PRESET-DATA/
@@ -213,6 +213,10 @@ def open_first_stage(config: TrainConfig, checkpoint: dict | None, process: run.
     if checkpoint is not None and not path.exists():
         return checkpoint["first_stage"]  # moved or removed since, but a run keeps a copy
     found = released_first_stage(path) if taming.recognizes(path) else run.load_checkpoint(path, "vq")
+    target, channels = found["config"].get("target", "image"), found["model_config"]["image_channels"]
+    if target != "image" or channels != 3:
+        raise ValueError(f"{path} is a first stage of another target ({target}, {channels} channels); "
+                         "name one of pictures with --vq")
     first_stage = {key: found[key] for key in ("config", "model_config", "model")}
     first_stage |= {"path": str(path), "hash": run.weights_hash(found["model_config"], found["model"])}
     if checkpoint is not None and checkpoint["first_stage"]["hash"] != first_stage["hash"]:
@@ -220,7 +224,7 @@ def open_first_stage(config: TrainConfig, checkpoint: dict | None, process: run.
             f"{path} is not the first stage that the run in {config.folder} was trained on; start another "
             "run with --out, or move that file away to go on with the copy in the run's checkpoint")
     trained_on = found["config"]["data_dir"]
-    if (config.data == "folder" and not config.vq
+    if (config.data in data.LAYOUTS and not config.vq
             and Path(trained_on).resolve() != Path(config.data_dir).resolve()):
         raise ValueError(f"{path} was trained on {trained_on}, not on {config.data_dir}: name it with --vq "
                          "to use it all the same, or train another with train_vq.py --out and name that")

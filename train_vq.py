@@ -64,6 +64,7 @@ class TrainConfig:
     steps: int = 500_000  # training steps; the paper gives none
     batch_size: int = 12  # pictures per step, over all processes, §A.1
     accumulate: int = 1  # parts of each process's share of them that pass one by one, to save memory
+    gradient_checkpointing: bool = False  # compute parts again in the backward pass, to save memory
     lr: float = 12 * 4.5e-6  # learning rate, §A.1
     beta1: float = 0.5  # of Adam; this and the next as in the authors' released model
     beta2: float = 0.9  # of Adam
@@ -75,8 +76,8 @@ class TrainConfig:
     checkpoint_every: int = 5000  # steps between two checkpoints
 
     KIND = "vq"
-    CHANGEABLE = ("out", "resume", "device", "workers", "perceptual_weights", "steps", "lr", "log_every",
-                  "eval_every", "checkpoint_every")
+    CHANGEABLE = ("out", "resume", "device", "workers", "perceptual_weights", "gradient_checkpointing", "steps",
+                  "lr", "log_every", "eval_every", "checkpoint_every")
 
     def __post_init__(self):
         run.check_choice("data", self.data, data.DATASETS)
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> Path:
                     else config.model(input_channels(config, training, validation)))
     config.folder.mkdir(parents=True, exist_ok=True)
 
-    vq = VQ(model_config).to(device)
+    vq = VQ(model_config, config.gradient_checkpointing).to(device)
     model = DistributedDataParallel(vq) if world > 1 else vq
     optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2),
                                  fused=device.type == "cuda")

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import taming
 from kernels import nearest_code
@@ -78,6 +79,8 @@ def conv(channels: int, out_channels: int, size: int = 3) -> nn.Conv2d:
 class ResidualBlock(nn.Module):
     """Two convolutions beside a shortcut; starts near the shortcut, which trains faster."""
 
+    gradient_checkpointing = False  # run `layers` again in the backward pass instead of keeping its insides
+
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
         self.layers = nn.Sequential(norm(channels), nn.SiLU(), conv(channels, out_channels),
@@ -86,6 +89,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if channels == out_channels else conv(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self.shortcut(x) + checkpoint(self.layers, x, use_reentrant=False)
         return self.shortcut(x) + self.layers(x)  # (B, out_channels, H, W)
 
 
@@ -200,7 +205,7 @@ class Quantizer(nn.Module):
 class VQ(nn.Module):
     """The autoencoder. `encode` and `decode` go from pictures to codes and back; `forward` is to train."""
 
-    def __init__(self, config: VQConfig):
+    def __init__(self, config: VQConfig, gradient_checkpointing: bool = False):
         super().__init__()
         self.config = config
         self.encoder = encoder(config)
@@ -209,6 +214,8 @@ class VQ(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.GroupNorm):
                 layer.num_groups = norm_groups(layer.num_channels, config.group_channels)
+            if isinstance(layer, ResidualBlock):
+                layer.gradient_checkpointing = gradient_checkpointing
 
     @classmethod
     def from_taming(cls, path: str | Path) -> "VQ":

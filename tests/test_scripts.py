@@ -317,6 +317,11 @@ def test_no_mistake_ends_in_a_traceback(pictures, first_stage, second_stage, tmp
         (holey / split / "a.png").write_bytes((pictures / "train" / "0.png").read_bytes()[:60])
     truncated = tmp_path / "truncated.pt"
     truncated.write_bytes(second_stage.read_bytes()[:5000])
+    of_depth, of_masks = tmp_path / "depth.pt", tmp_path / "masks.pt"
+    for file, target, channels in ((of_depth, "depth", 1), (of_masks, "image", 8)):  # theirs tell no target
+        other = torch.load(first_stage, weights_only=True)
+        other["config"]["target"], other["model_config"]["image_channels"] = target, channels
+        torch.save(other, file)
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
     vq, gpt = vq_flags(pictures, out), gpt_flags(pictures, first_stage, out)
@@ -336,13 +341,15 @@ def test_no_mistake_ends_in_a_traceback(pictures, first_stage, second_stage, tmp
         ("train_vq.py", ["--steps", "0"], 2, "steps is 0; it must be at least 1"),
         ("train_vq.py", [*vq, "--device", "tpu9"], 1, "device is 'tpu9', which torch cannot use here"),
         ("train_vq.py", [*vq, "--data-dir", str(tmp_path / "none")], 1, "none is no folder; name your"),
-        ("train_vq.py", [*vq, "--data-dir", str(empty)], 1, "has no train pictures"),
+        ("train_vq.py", [*vq, "--data-dir", str(empty)], 1, "empty has no pictures (.jpg"),
         ("train_vq.py", [*vq, "--data-dir", str(holey)], 1, "a.png cannot be read as a picture"),
         ("train_vq.py", [*vq, "--data-dir", str(holey), "--workers", "1"], 1, "a.png cannot be read as a"),
         ("train_vq.py", [*vq, "--image-size", "32"], 1, "has 16×16 pixels, too few for an image_size of 32"),
         ("train_gpt.py", [*gpt, "--vq", str(tmp_path / "none.pt")], 1, f"none.pt does not exist; {needs_vq}"),
         ("train_gpt.py", [*gpt, "--vq", str(second_stage)], 1, f"checkpoint of train_gpt.py; {needs_vq}"),
         ("train_gpt.py", [*gpt, "--vq", str(bad)], 1, "bad.pt is damaged, or holds more than"),
+        ("train_gpt.py", [*gpt, "--vq", str(of_depth)], 1, "first stage of another target (depth, 1 channels); "),
+        ("train_gpt.py", [*gpt, "--vq", str(of_masks)], 1, "another target (image, 8 channels); name one of pict"),
         ("train_gpt.py", here, 2, "already holds a run (4 of 4 steps done); add --resume"),
         ("train_gpt.py", deeper, 2, "n_layer is 3 but the run in"),
         ("sample.py", ["--checkpoint", str(first_stage)], 1, f"is a checkpoint of train_vq.py; {needs_gpt}"),

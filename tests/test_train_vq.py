@@ -234,6 +234,26 @@ def test_a_batch_in_parts_trains_as_in_one_piece(folder, tmp_path):
             assert after[name] == pytest.approx(before[name], rel=1e-3)
 
 
+def test_gradient_checkpointing_changes_nothing_but_the_memory(folder, tmp_path):
+    arguments = [*flags(folder, tmp_path / "a", False, False), "--steps", "4"]
+    plain = train_vq.main(arguments)
+    checkpointed = train_vq.main([*arguments, "--out", str(tmp_path / "b"), "--gradient-checkpointing"])
+    assert differences(plain, checkpointed) == []
+
+    kept = {}  # what is kept for the backward pass
+    for on in (False, True):
+        vq, storages = VQ(VQConfig(3, 8, "1,2", 2, 16, 4), gradient_checkpointing=on), {}
+
+        def keep(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            vq(torch.rand(8, 3, 32, 32))
+        kept[on] = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    assert kept[True] < 0.6 * kept[False]
+
+
 # What is coded
 
 
