@@ -164,8 +164,7 @@ class Files:
         return largest + 1
 
     def fingerprint(self) -> str:
-        values = [record[field] for record in self.records for field in (*self.fields, "label")
-                  if field in record]
+        values = [value for record in self.records for value in record.values()]
         files = [value for value in values if isinstance(value, Path)]
         others = b"".join(np.asarray(value).tobytes() for value in values if not isinstance(value, Path))
         return (f"{self.layout} {self.size} {self.train} {self.flip} {self.upscale} {self.fields} "

@@ -35,9 +35,9 @@ LANDMARKS = {"1": (0, 1, 2, 3, 6, 7), "2": (4, 5, 6, 7), "3": (0, 1, 2, 3, 4, 5,
 
 
 def found(folder: Path, field: str) -> list[Path]:
-    """The files of a field anywhere below a folder, sorted."""
-    return sorted(path for path in folder.rglob("*")
-                  if path.suffix.lower() in SUFFIXES[field] and path.is_file())
+    """The files of a field anywhere below a folder, sorted; but no hidden ones, which a Mac leaves behind."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES[field]
+                  and not path.name.startswith(".") and path.is_file())
 
 
 def paired(folders: dict[str, Path]) -> list[Record]:

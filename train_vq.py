@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,7 +22,7 @@ import data
 import run
 from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, autoencoder_loss,
                     score_sums)
-from vq import VQ, VQConfig, as_vectors, codebook_use
+from vq import VQ, VQConfig, as_vectors, codebook_use, colours_of_use
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class TrainConfig:
 
     perceptual: str = "vgg16"  # LPIPS beside L1, §A.1, by vgg16 or alexnet; or none, as always for masks
     perceptual_weights: str = ""  # file of LPIPS weights; empty: fetched once, 553 MB (alexnet: 244 MB)
-    perceptual_weight: float = 1.0  # of LPIPS (0: only measured); this and the next three: the authors' release
+    perceptual_weight: float = 1.0  # of LPIPS; 0: only measured. As the next three: the authors' release
     discriminator_weight: float = 0.8  # of its gradient beside that of L1 + LPIPS; 0: none, as for masks
     discriminator_start: float = 0.5  # share of the steps after which the autoencoder hears it; 1: never
     discriminator_warmup: float = 0.02  # share of the steps, before its start, in which it trains unheard
@@ -76,8 +75,8 @@ class TrainConfig:
     checkpoint_every: int = 5000  # steps between two checkpoints
 
     KIND = "vq"
-    CHANGEABLE = ("out", "resume", "device", "workers", "perceptual_weights", "gradient_checkpointing", "steps",
-                  "lr", "log_every", "eval_every", "checkpoint_every")
+    CHANGEABLE = ("out", "resume", "device", "workers", "perceptual_weights", "gradient_checkpointing",
+                  "steps", "lr", "log_every", "eval_every", "checkpoint_every")
 
     def __post_init__(self):
         run.check_choice("data", self.data, data.DATASETS)
@@ -285,8 +284,9 @@ def open_adversary(config: TrainConfig, vq: VQ, process: run.Process) -> Adversa
 def status_text(means: dict[str, float], scores: dict[str, float], codebook_size: int) -> str:
     """The status line's account of the losses that this run has by now, and of the last evaluation."""
     texts = {"l1": "train L1 {:.4f}", "cross_entropy": "train {:.4f} nats/pixel",
-             "perceptual": " + LPIPS {:.4f}", "vq": " + vq {:.4f}", "lambda": " · λ {:.3g}", "discriminator": " · discriminator {:.3f}",
-             "logits_real": ", logits real {:+.2f}", "logits_fake": " fake {:+.2f}",
+             "perceptual": " + LPIPS {:.4f}", "vq": " + vq {:.4f}", "lambda": " · λ {:.3g}",
+             "discriminator": " · discriminator {:.3f}", "logits_real": ", logits real {:+.2f}",
+             "logits_fake": " fake {:+.2f}",
              "val_l1": " · val L1 {:.4f}", "val_cross_entropy": " · val {:.4f} nats/pixel",
              "val_accuracy": ", {:.2%} of labels right", "val_lpips": " LPIPS {:.4f}",
              "codes_used": f" · {{}} of {codebook_size} codes in use", "perplexity": ", perplexity {:.0f}"}
@@ -349,7 +349,8 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
     counts = process.total(counts)
     used, perplexity = codebook_use(counts)
     if process.rank == 0:
-        run.save_picture(picture_of_use(counts), picture.with_name(f"{picture.stem}-codes.png"))
+        use = run.picture_grid(colours_of_use(counts), math.ceil(math.sqrt(len(counts))), side=12)
+        run.save_picture(use, picture.with_name(f"{picture.stem}-codes.png"))
         if used < 0.05 * min(len(counts), int(counts.sum())):
             print(f"warning: the validation pictures use {used} of {len(counts)} codes; what helps: a "
                   "--restart-every of 25 to 100, a smaller --code-width or --codebook-size, a lower --lr",
@@ -357,14 +358,6 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
     scores = {name: total / count for name, total in zip(names, totals)
               if name != "val_lpips" or perceptual}
     return scores | {"codes_used": used, "perplexity": perplexity}
-
-
-def picture_of_use(counts: Tensor) -> Image.Image:
-    """A cell for each code: the larger counts (K,) the brighter, on a log scale; red for 0."""
-    shades = 2 * counts.log1p() / counts.max().log1p() - 1  # (K,) in [−1, 1]
-    unused = torch.tensor([1.0, -1.0, -1.0], device=counts.device)
-    cells = torch.where(counts[:, None] > 0, shades[:, None], unused)  # (K, 3)
-    return run.picture_grid(cells[:, :, None, None], columns=math.ceil(math.sqrt(len(counts))), side=12)
 
 
 if __name__ == "__main__":

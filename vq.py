@@ -299,6 +299,13 @@ def codebook_use(counts: Tensor) -> tuple[int, float]:
     return int((counts > 0).sum()), math.exp(entropy(counts))
 
 
+def colours_of_use(counts: Tensor) -> Tensor:
+    """A pixel for each code, (K, 3, 1, 1): the larger counts (K,) the brighter, on a log scale; red for 0."""
+    shades = 2 * counts.log1p() / counts.max().log1p() - 1  # (K,) in [−1, 1]
+    unused = torch.tensor([1.0, -1.0, -1.0], device=counts.device)
+    return torch.where(counts[:, None] > 0, shades[:, None], unused)[:, :, None, None]
+
+
 def entropy(counts: Tensor) -> float:
     """Entropy of counts (K,) in nats: what a model that knows only the codes' frequencies pays per token."""
     p = counts.double() / counts.sum()

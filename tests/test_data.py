@@ -23,56 +23,15 @@ from PIL import Image
 from torch import Tensor
 
 import data
-from data import (Cifar10, Folder, Scenes, code_cache, crop, fixed_order, load, open_dataset, open_picture,
+from data import (Cifar10, Scenes, as_input, as_pictures, code_cache, fixed_order, load, open_dataset,
                   training_order, worker_count)
+from picture_files import assert_colour, noise, pictures, save, splits
+from layouts import FIELDS
 from scenes import draw_scene
 
 CPU = torch.device("cpu")
 ORANGE = (240, 130, 20)
 RECORD = 3073  # one label and 3·32·32 pixels
-
-
-def save(path: Path, colour=ORANGE, size: tuple[int, int] = (40, 40), mode: str = "RGB", **options) -> Path:
-    """A picture of one colour, (width, height) pixels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path, **options)
-    return path
-
-
-def noise(path: Path, size: tuple[int, int] = (40, 40), seed: int = 0) -> Path:
-    """A picture that looks different wherever it is cut."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def many_pictures(folder: Path, count: int = 100) -> list[Path]:
-    return [save(folder / f"{i % 3}" / f"{i}.png", (i, 0, 0), (4, 4)) for i in range(count)]
-
-
-def pictures(folder: Path, split: str = "val", size: int = 32, flip: bool = False,
-             upscale: bool = False) -> Folder:
-    return open_dataset("folder", str(folder), split, size, flip, upscale)
-
-
-def splits(folder: Path):
-    """Make train/ and val/, so that each picture put there is used."""
-    save(folder / "train" / "plain.png")
-    (folder / "val").mkdir()
-
-
-def only_picture(folder: Path) -> ndarray:
-    """The picture of val/ as the data set gives it, (3, 32, 32)."""
-    dataset = pictures(folder)
-    assert len(dataset) == 1
-    image = dataset[0, None]["image"]
-    assert image.shape == (3, 32, 32) and image.dtype == np.uint8
-    return image
-
-
-def assert_colour(image: ndarray, colour: tuple, tolerance: int = 0):
-    assert np.abs(image.astype(int) - np.array(colour)[:, None, None]).max() <= tolerance
 
 
 class Numbers:
@@ -95,13 +54,30 @@ class Numbers:
 # scenes
 
 def test_scenes_are_the_drawn_scenes_with_channels_first():
-    dataset, scene = open_dataset("scenes", "nowhere", "val", 24), draw_scene("val", 3, 24)
+    dataset, scene = open_dataset("scenes", "nowhere", "val", 24, fields=FIELDS), draw_scene("val", 3, 24)
     item = dataset[3, None]
+    assert set(item) == {*FIELDS, "label"}
     assert item["image"].shape == (3, 24, 24) and item["image"].dtype == np.uint8
     assert np.array_equal(item["image"].transpose(1, 2, 0), scene.image)
-    assert item["label"] == scene.label
-    for name in ("segmentation", "depth", "keypoints"):
-        assert np.array_equal(item[name], getattr(scene, name))
+    assert item["label"] == scene.label and dataset.segments() == 8
+    for name in ("segmentation", "depth"):
+        assert np.array_equal(item[name], getattr(scene, name)) and item[name].dtype == getattr(scene, name).dtype
+    assert set(open_dataset("scenes", "nowhere", "val", 24)[3, None]) == {"image", "label"}
+
+
+def test_the_pose_of_a_scene_is_drawn_where_its_key_points_are():
+    dataset = open_dataset("scenes", "nowhere", "val", 64, fields=("pose",))
+    for index in range(8):
+        pose, points = dataset[index, None]["pose"], draw_scene("val", index, 64).keypoints
+        assert pose.shape == (3, 64, 64) and pose.dtype == np.uint8
+        inside = points[((points >= 1) & (points < 63)).all(1)]
+        assert len(inside) >= 6
+        for x, y in inside:
+            assert pose[:, int(y), int(x)].max() > 150
+        for a, b in ((1, 2), (3, 4), (9, 10)):  # neck to hip, left elbow to hand, right knee to foot
+            x, y = (points[a] + points[b]) / 2
+            assert not (0 <= x < 64 and 0 <= y < 64) or pose[:, int(y), int(x)].max() > 100
+        assert (pose.max(0) > 0).mean() < 0.15
 
 
 def test_scenes_are_drawn_once_if_small_and_the_same_whatever_the_key(monkeypatch):
@@ -121,10 +97,10 @@ def test_scenes_are_drawn_once_if_small_and_the_same_whatever_the_key(monkeypatc
 
 
 def test_scenes_have_16000_training_and_1000_validation_pictures_and_distinct_fingerprints(monkeypatch):
-    sets = [Scenes("train", 16), Scenes("val", 16), Scenes("train", 32)]
-    assert [len(dataset) for dataset in sets] == [16000, 1000, 16000]
+    sets = [Scenes("train", 16), Scenes("val", 16), Scenes("train", 32), Scenes("train", 32, ("depth",))]
+    assert [len(dataset) for dataset in sets] == [16000, 1000, 16000, 16000]
     prints = {dataset.fingerprint() for dataset in sets}
-    assert len(prints) == 3
+    assert len(prints) == 4
     assert Scenes("val", 16).fingerprint() in prints
     monkeypatch.setitem(data.SCENES, "val", 16000)
     assert Scenes("val", 16).fingerprint() not in prints
@@ -262,328 +238,6 @@ def test_cifar10_archive_in_the_folder_or_fetched_is_unpacked(tmp_path, monkeypa
     assert not list(directory.glob("*.part"))
 
 
-# folders: which pictures
-
-def test_train_and_val_folders_are_the_splits(tmp_path):
-    save(tmp_path / "train" / "a" / "b" / "deep.PNG", (1, 2, 3))
-    save(tmp_path / "train" / "flat.jpeg")
-    save(tmp_path / "val" / "c" / "other.webp")
-    save(tmp_path / "outside.png")
-    (tmp_path / "train" / "notes.txt").write_text("no picture")
-    (tmp_path / "train" / "folder.png").mkdir()
-    assert [path.name for path in pictures(tmp_path, "train").files] == ["deep.PNG", "flat.jpeg"]
-    assert [path.name for path in pictures(tmp_path, "val").files] == ["other.webp"]
-    assert_colour(pictures(tmp_path, "train")[0, None]["image"], (1, 2, 3))
-
-
-def test_without_those_folders_one_picture_in_20_is_kept_for_validation(tmp_path):
-    files = many_pictures(tmp_path, 400)
-    training, validation = pictures(tmp_path, "train", 4), pictures(tmp_path, "val", 4)
-    assert set(training.files) | set(validation.files) == set(files)
-    assert not set(training.files) & set(validation.files)
-    assert len(training) + len(validation) == 400
-    assert 8 <= len(validation) <= 36
-    assert training.files == sorted(training.files)
-
-
-def test_a_lone_train_folder_is_split_like_any_other(tmp_path):
-    for i in range(60):
-        save(tmp_path / "train" / f"{i}.png", size=(4, 4))
-    training, validation = pictures(tmp_path, "train", 4), pictures(tmp_path, "val", 4)
-    assert len(training) + len(validation) == 60 and len(validation) < 15
-
-
-def test_adding_pictures_moves_no_other_between_the_splits(tmp_path):
-    many_pictures(tmp_path)
-    before = {split: set(pictures(tmp_path, split, 4).files) for split in ("train", "val")}
-    for i in range(40):
-        save(tmp_path / "new" / f"{i}.png", size=(4, 4))
-    for split in ("train", "val"):
-        assert before[split] < set(pictures(tmp_path, split, 4).files)
-
-
-def test_the_same_pictures_are_kept_for_validation_in_every_process(tmp_path):
-    for i in range(100):
-        save(tmp_path / "birds" / f"{i}.png", size=(4, 4))
-    kept = ["49.png", "91.png", "98.png"]
-    assert sorted(path.name for path in pictures(tmp_path, "val", 4).files) == sorted(kept)
-
-
-def test_the_split_depends_on_the_name_below_the_folder_not_on_where_it_lies(tmp_path):
-    for place in ("here", "there"):
-        many_pictures(tmp_path / place)
-    here, there = ([path.relative_to(tmp_path / place) for path in pictures(tmp_path / place, "val", 4).files]
-                   for place in ("here", "there"))
-    assert here == there
-
-
-def test_missing_and_empty_folders_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder; .*--data-dir"):
-        pictures(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} has no val pictures (.jpg")):
-        pictures(tmp_path, "val")
-    splits(tmp_path)
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path / 'val'} has no pictures (.jpg")):
-        pictures(tmp_path, "val")
-
-
-def test_a_file_is_no_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="a.png is no folder"):
-        pictures(save(tmp_path / "a.png"))
-
-
-def test_unknown_data_sets_are_refused(tmp_path):
-    with pytest.raises(AssertionError, match="imagenet"):
-        open_dataset("imagenet", str(tmp_path), "val", 32)
-
-
-def test_folder_fingerprint_tells_of_files_and_looks(tmp_path):
-    splits(tmp_path)
-    file = save(tmp_path / "val" / "a.png")
-    first = pictures(tmp_path).fingerprint()
-    assert pictures(tmp_path).fingerprint() == first
-    found = {first, pictures(tmp_path, size=16).fingerprint(), pictures(tmp_path, flip=True).fingerprint(),
-             pictures(tmp_path, upscale=True).fingerprint(), pictures(tmp_path, "train").fingerprint()}
-    os.utime(file, ns=(0, 12345))
-    found.add(pictures(tmp_path).fingerprint())
-    file.write_bytes(file.read_bytes() + b"\0")
-    os.utime(file, ns=(0, 12345))
-    found.add(pictures(tmp_path).fingerprint())
-    save(tmp_path / "val" / "b.png")
-    found.add(pictures(tmp_path).fingerprint())
-    file.unlink()
-    found.add(pictures(tmp_path).fingerprint())
-    assert len(found) == 9
-
-
-# folders: what becomes of a picture
-
-@pytest.mark.parametrize("name", [
-    "a.png", "a.jpg", "A.JPEG", "a.webp", "a.bmp", "a.tif", "a.TIFF", "a.ppm", "a.gif"])
-def test_formats_keep_their_colour(tmp_path, name):
-    splits(tmp_path)
-    save(tmp_path / "val" / name)
-    assert_colour(only_picture(tmp_path), ORANGE, 4)
-
-
-@pytest.mark.parametrize("mode, colour, expected", [
-    ("L", 77, (77, 77, 77)), ("1", 1, (255, 255, 255)), ("1", 0, (0, 0, 0)),
-    ("RGBA", (*ORANGE, 255), ORANGE), ("RGBA", (*ORANGE, 0), (255, 255, 255)),
-    ("RGBA", (0, 100, 200, 51), (204, 224, 244)),
-    ("LA", (77, 255), (77, 77, 77)), ("LA", (0, 0), (255, 255, 255)), ("LA", (0, 102), (153, 153, 153))])
-def test_grey_and_transparent_pictures_become_rgb_on_white(tmp_path, mode, colour, expected):
-    splits(tmp_path)
-    save(tmp_path / "val" / "a.png", colour, mode=mode)
-    assert_colour(only_picture(tmp_path), expected, 1)
-
-
-@pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
-def test_cmyk_becomes_rgb(tmp_path, name):
-    splits(tmp_path)
-    save(tmp_path / "val" / name, (0, 255, 255, 0), mode="CMYK")
-    assert_colour(only_picture(tmp_path), (255, 0, 0), 6)
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.gif"])
-@pytest.mark.parametrize("transparent", [False, True])
-def test_palettes_are_looked_up_and_their_transparent_entry_is_white(tmp_path, name, transparent):
-    splits(tmp_path)
-    picture = Image.new("P", (32, 32), 1)
-    picture.putpalette([10, 20, 30, 200, 100, 50])
-    picture.paste(0, (0, 0, 16, 32))
-    picture.save(tmp_path / "val" / name, **({"transparency": 0} if transparent else {}))
-    image = only_picture(tmp_path)
-    assert_colour(image[:, :, :16], (255, 255, 255) if transparent else (10, 20, 30))
-    assert_colour(image[:, :, 16:], (200, 100, 50))
-
-
-def test_rgb_png_with_a_transparent_colour_is_white_there(tmp_path):
-    splits(tmp_path)
-    save(tmp_path / "val" / "a.png", transparency=ORANGE)
-    assert_colour(only_picture(tmp_path), (255, 255, 255))
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_16_bit_grey_is_scaled_not_clipped(tmp_path, name):
-    splits(tmp_path)
-    levels = np.repeat(np.arange(32, dtype=np.uint16)[None] * 2000, 32, 0)
-    Image.fromarray(levels).save(tmp_path / "val" / name)
-    expected = np.broadcast_to(levels / 257, (3, 32, 32))
-    assert np.abs(only_picture(tmp_path) - expected).max() <= 0.51
-
-
-def test_dark_16_bit_grey_stays_dark(tmp_path):
-    splits(tmp_path)
-    Image.fromarray(np.full((32, 32), 200, np.uint16)).save(tmp_path / "val" / "a.png")
-    assert_colour(only_picture(tmp_path), (1, 1, 1))
-
-
-@pytest.mark.parametrize("largest, expected", [(51400, 200), (200, 200)])
-def test_32_bit_grey_is_taken_for_16_bit_if_it_does_not_fit_into_8(tmp_path, largest, expected):
-    splits(tmp_path)
-    Image.fromarray(np.full((32, 32), largest, np.int32)).save(tmp_path / "val" / "a.tif")
-    assert_colour(only_picture(tmp_path), (expected,) * 3)
-
-
-@pytest.mark.parametrize("orientation, corner", [
-    (1, (0, 0)), (2, (0, 1)), (3, (1, 1)), (4, (1, 0)), (5, (0, 0)), (6, (0, 1)), (7, (1, 1)), (8, (1, 0))])
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_photographs_are_turned_upright(tmp_path, orientation, corner, suffix):
-    """`corner` is the quarter, (row, column), where the first stored pixel belongs, by the EXIF standard."""
-    picture = Image.new("RGB", (32, 32), "black")
-    picture.paste("white", (0, 0, 16, 16))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    splits(tmp_path)
-    picture.save(tmp_path / "val" / f"a.{suffix}", exif=exif)
-    image = only_picture(tmp_path)
-    quarters = image.reshape(3, 2, 16, 2, 16)[:, :, 4:12, :, 4:12].mean((0, 2, 4))
-    assert np.argwhere(quarters > 128).tolist() == [list(corner)]
-    assert quarters.max() > 250 and np.sort(quarters.flatten())[2] < 5
-
-
-def test_turning_upright_comes_before_the_crop(tmp_path):
-    picture = Image.new("RGB", (96, 32), "black")
-    picture.paste("red", (32, 0, 64, 32))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture.save(tmp_path / "a.png", exif=exif)
-    assert open_picture(tmp_path / "a.png", 32).size == (32, 96)
-
-
-def test_large_jpegs_are_decoded_at_reduced_size_but_not_below_what_is_needed(tmp_path):
-    save(tmp_path / "a.jpg", size=(1600, 1200))
-    width, height = open_picture(tmp_path / "a.jpg", 32).size
-    assert 64 <= height < 1200 and width / height == pytest.approx(4 / 3, rel=0.02)
-    save(tmp_path / "b.jpg", size=(100, 90))
-    assert open_picture(tmp_path / "b.jpg", 64).size == (100, 90)
-
-
-@pytest.mark.parametrize("damage", [
-    "truncated.png", "truncated.jpg", "truncated.webp", "truncated.gif", "truncated.bmp",
-    "empty.png", "empty.jpg", "text.png", "text.jpg", "text.gif"])
-def test_damaged_files_are_named(tmp_path, damage):
-    splits(tmp_path)
-    file = noise(tmp_path / "val" / damage)
-    if damage.startswith("truncated"):
-        content = file.read_bytes()
-        file.write_bytes(content[:len(content) // 2])
-    else:
-        file.write_bytes(b"no picture at all" if damage.startswith("text") else b"")
-    sentence = re.escape(f"{file} cannot be read as a picture") + r" \(.+\): remove or replace it"
-    with pytest.raises(ValueError, match=sentence):
-        pictures(tmp_path)[0, None]
-
-
-def test_picture_that_vanished_is_named(tmp_path):
-    splits(tmp_path)
-    file = save(tmp_path / "val" / "a.png")
-    dataset = pictures(tmp_path)
-    file.unlink()
-    with pytest.raises(ValueError, match="a.png cannot be read"):
-        dataset[0, None]
-
-
-def test_bomb_of_pixels_is_refused(tmp_path, monkeypatch):
-    splits(tmp_path)
-    save(tmp_path / "val" / "a.png", size=(64, 64))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match="a.png cannot be read as a picture"):
-        pictures(tmp_path)[0, None]
-
-
-@pytest.mark.parametrize("size", [(31, 40), (40, 31), (1, 1)])
-def test_small_pictures_are_refused_unless_upscaled(tmp_path, size):
-    splits(tmp_path)
-    file = save(tmp_path / "val" / "a.png", size=size)
-    with pytest.raises(ValueError) as error:
-        pictures(tmp_path)[0, None]
-    for part in (str(file), f"{size[0]}×{size[1]} pixels", "image_size of 32", "--image-size", "--upscale"):
-        assert part in str(error.value)
-    assert_colour(pictures(tmp_path, upscale=True)[0, None]["image"], ORANGE)
-
-
-def test_picture_of_exactly_the_size_is_unchanged(tmp_path):
-    splits(tmp_path)
-    file = noise(tmp_path / "val" / "a.png", (32, 32))
-    assert np.array_equal(only_picture(tmp_path), np.asarray(Image.open(file)).transpose(2, 0, 1))
-
-
-# crops
-
-@pytest.mark.parametrize("width, height", [
-    (96, 64), (64, 96), (33, 32), (32, 75), (500, 33), (32, 32), (7, 9), (101, 67)])
-def test_validation_crop_is_the_centre_of_the_picture_with_its_shorter_side_resized(width, height):
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    scale = 32 / min(width, height)
-    resized = Image.fromarray(pixels).resize((round(width * scale), round(height * scale)),
-                                             Image.Resampling.BICUBIC)
-    left, top = (resized.width - 32) // 2, (resized.height - 32) // 2
-    expected = np.asarray(resized)[top:top + 32, left:left + 32].transpose(2, 0, 1).astype(int)
-    found = crop(Image.fromarray(pixels), 32, flip=True, random=None)
-    assert found.shape == (3, 32, 32) and found.dtype == np.uint8 and found.flags.c_contiguous
-    assert np.abs(found - expected).mean() < 0.5
-
-
-def test_shrinking_averages_instead_of_picking_pixels():
-    pixels = np.zeros((256, 256, 3), np.uint8)
-    pixels[::2] = 255  # fine stripes
-    image = crop(Image.fromarray(pixels), 32, flip=False, random=None)
-    assert np.abs(image.astype(int) - 127).max() < 12
-
-
-def test_training_crops_reach_every_place_and_stay_inside():
-    pixels = np.arange(36 * 34, dtype=np.float32).reshape(34, 36)
-    pixels = np.stack([pixels // 256, pixels % 256, 0 * pixels], 2).astype(np.uint8)  # each pixel is unique
-
-    def corners(pixels: ndarray) -> set[int]:
-        """The second channel of the upper left pixel, in 60 crops of 34×34: two lines of 36 are spare."""
-        crops = [crop(Image.fromarray(pixels), 34, False, np.random.default_rng(seed)) for seed in range(60)]
-        return {int(image[1, 0, 0]) for image in crops}
-
-    assert corners(pixels) == {0, 1, 2}
-    assert corners(pixels.transpose(1, 0, 2)) == {0, 1, 2}
-
-
-def test_training_crops_differ_between_epochs_pictures_and_seeds_and_are_reproducible(tmp_path):
-    splits(tmp_path)
-    (tmp_path / "train" / "plain.png").unlink()
-    for name in ("a", "b"):  # the same picture twice
-        noise(tmp_path / "train" / f"{name}.png", (128, 32))
-    dataset = pictures(tmp_path, "train")
-    looks = {(seed, epoch, index): dataset[index, (seed, epoch)]["image"].tobytes()
-             for seed in (7, 8) for epoch in range(3) for index in (0, 1)}
-    assert len(set(looks.values())) >= 10  # of 12: 97 places to cut at, so two may agree
-    again = pictures(tmp_path, "train")
-    for (seed, epoch, index), look in reversed(looks.items()):
-        assert again[index, (seed, epoch)]["image"].tobytes() == look
-
-
-def test_training_picture_without_a_key_and_validation_with_one_are_the_centre(tmp_path):
-    for split in ("train", "val"):
-        noise(tmp_path / split / "a.png", (128, 32))
-    centre = np.asarray(Image.open(tmp_path / "val" / "a.png"))[:, 48:80].transpose(2, 0, 1)
-    assert np.array_equal(pictures(tmp_path, "train", flip=True)[0, None]["image"], centre)
-    for epoch in range(8):
-        assert np.array_equal(pictures(tmp_path, "val", flip=True)[0, (0, epoch)]["image"], centre)
-
-
-def test_pictures_are_mirrored_only_with_flip(tmp_path):
-    splits(tmp_path)
-    (tmp_path / "train" / "plain.png").unlink()
-    file = noise(tmp_path / "train" / "a.png", (32, 32))
-    original = np.asarray(Image.open(file)).transpose(2, 0, 1)
-    plain, flipped = pictures(tmp_path, "train"), pictures(tmp_path, "train", flip=True)
-    turned = 0
-    for epoch in range(60):
-        assert np.array_equal(plain[0, (0, epoch)]["image"], original)
-        image = flipped[0, (0, epoch)]["image"]
-        if not np.array_equal(image, original):
-            assert np.array_equal(image, original[:, :, ::-1])
-            turned += 1
-    assert 15 < turned < 45
-
-
 # orders
 
 def take(order, count: int) -> list:
@@ -707,6 +361,55 @@ def test_worker_count(monkeypatch):
         assert worker_count(-1, "scenes") == worker_count(-1, "cifar10") == 0
         assert worker_count(0, "folder") == 0
         assert worker_count(5, "folder") == worker_count(5, "scenes") == 5
+
+
+# fields
+
+def test_a_mask_is_one_hot_and_nowhere_hot_without_a_label():
+    labels = torch.tensor([[[0, 2], [255, 1]]], dtype=torch.uint8)
+    one_hot = as_input(labels, "segmentation", 3)
+    assert one_hot.dtype == torch.float32 and one_hot.shape == (1, 3, 2, 2)
+    assert one_hot[0].permute(1, 2, 0).tolist() == [[[1, 0, 0], [0, 0, 1]], [[0, 0, 0], [0, 1, 0]]]
+
+
+def test_depth_has_one_channel_and_a_pose_is_a_picture():
+    depth = torch.linspace(-1, 1, 8).view(2, 2, 2)
+    assert torch.equal(as_input(depth, "depth", 1), depth.view(2, 1, 2, 2))
+    pose = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert as_input(pose, "pose", 3).flatten().tolist() == pytest.approx([-1, 1, -0.6])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_label_beyond_the_channels_is_named(tmp_path, workers):
+    for split in ("train", "val"):
+        save(tmp_path / split / "segmentation" / "a.png", 7, mode="L")
+    dataset = open_dataset("folder", str(tmp_path), "val", 32, fields=("segmentation",))
+    batch = next(load(dataset, fixed_order(1, 1), CPU, workers, "segmentation", 8))
+    assert batch.shape == (1, 8, 32, 32) and batch[:, 7].min() == 1
+    with pytest.raises(ValueError, match="a mask has the label 7, but segments is 7: raise --segments, or name"):
+        next(load(dataset, fixed_order(1, 1), CPU, workers, "segmentation", 7))
+    void = open_dataset("folder", str(tmp_path), "val", 32, fields=("segmentation",), void_label=7)
+    assert next(load(void, fixed_order(1, 1), CPU, workers, "segmentation", 7)).max() == 0
+
+
+def test_masks_without_labels_are_named_when_labels_are_counted(tmp_path):
+    for split in ("train", "val"):
+        save(tmp_path / split / "segmentation" / "a.png", 255, mode="L")
+    dataset = open_dataset("folder", str(tmp_path), "val", 32, fields=("segmentation",))
+    with pytest.raises(ValueError, match="a.png hold no label but 0, and 255 where a pixel has none"):
+        dataset.segments()
+
+
+def test_each_label_gets_a_colour_of_its_own_and_none_is_black():
+    one_hot = torch.eye(20).view(20, 20, 1, 1)  # a pixel of each label
+    pictures = as_pictures(torch.cat([one_hot, torch.zeros(1, 20, 1, 1)]), "segmentation")  # (21, 3, 1, 1)
+    colours = pictures.flatten(1)
+    assert colours.shape == (21, 3) and colours.abs().max() <= 1 and colours[20].tolist() == [-1, -1, -1]
+    assert torch.cdist(colours, colours)[~torch.eye(21, dtype=torch.bool)].min() > 0.15
+    logits = 5 * one_hot - 2
+    assert torch.equal(as_pictures(logits, "segmentation"), pictures[:20])
+    images = torch.rand(2, 3, 4, 4)
+    assert as_pictures(images, "image") is images
 
 
 # the code cache

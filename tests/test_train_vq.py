@@ -25,7 +25,7 @@ import losses
 import run
 import scenes
 import train_vq
-from vq import VQ, VQConfig, as_vectors
+from vq import VQ, VQConfig, as_vectors, colours_of_use
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ("--data folder --image-size 32 --base-channels 8 --channel-multipliers 1,2 --codebook-size 16 "
@@ -410,7 +410,8 @@ def test_the_validation_lpips_is_the_mean_over_the_pictures_as_they_are_shown(fo
 
 
 def test_the_picture_of_use_is_red_for_unused_codes_and_brighter_for_frequent_ones():
-    pixels = np.asarray(train_vq.picture_of_use(torch.tensor([0.0, 99, 9, 1, 0]))).astype(int)
+    cells = colours_of_use(torch.tensor([0.0, 99, 9, 1, 0]))
+    pixels = np.asarray(run.picture_grid(cells, columns=3, side=12)).astype(int)
     cells = [pixels[row * 14 + 6, column * 14 + 6].tolist() for row, column in np.ndindex(2, 3)]
     assert pixels.shape == (2 * 12 + 2, 3 * 12 + 2 * 2, 3)
     red, white = [255, 0, 0], [255, 255, 255]
@@ -504,8 +505,8 @@ def keep(*arguments):
     kept.append(opened(*arguments))
     return kept[-1]
 class Kept(train_vq.VQ):
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         kept.append(self)
 train_vq.VQ, train_vq.open_adversary, train_vq.PatchDiscriminator = Kept, keep, Unnormalized
 train_vq.main(sys.argv[1:])
