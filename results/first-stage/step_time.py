@@ -37,10 +37,11 @@ def random_perceptual_loss(backbone: str) -> PerceptualLoss:
 class Step:
     """The networks of the `paper` preset and one training step, late in training: everything is on."""
 
-    def __init__(self, device: torch.device, image_size: int, batch_size: int):
+    def __init__(self, device: torch.device, image_size: int, batch_size: int,
+                 gradient_checkpointing: bool = False):
         torch.manual_seed(0)
         self.config, self.process = train_vq.PRESETS["paper"], run.Process(device, 0, 1)
-        self.vq = VQ(self.config.model()).to(device)
+        self.vq = VQ(self.config.model(), gradient_checkpointing).to(device)
         self.perceptual = random_perceptual_loss(self.config.perceptual).to(device)
         self.adversary = train_vq.open_adversary(self.config, self.vq, self.process)
         self.optimizer = torch.optim.Adam(self.vq.parameters(), self.config.lr, fused=device.type == "cuda")
