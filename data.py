@@ -135,7 +135,8 @@ class Files:
             raise ValueError(f"{name} has {width}×{height} pixels, too few for "
                              f"an image_size of {self.size}: remove it, lower --image-size, or add --upscale")
         for field, picture in zip(self.fields, pictures):
-            if abs(width / height * picture.height / picture.width - 1) > 0.02:
+            pixel = 1 / min(width, height, *picture.size)  # by which small ones are rounded
+            if abs(width / height * picture.height / picture.width - 1) > 0.02 + pixel:
                 raise ValueError(f"{record[field]} has {picture.width}×{picture.height} pixels but {name} "
                                  f"{width}×{height}: both must show the same, at any resolution")
         random = look(key, index) if self.train and key is not None else None
@@ -153,15 +154,11 @@ class Files:
         return open_pose(record["pose"], record.get("image"), self.size)
 
     def segments(self) -> int:
-        """Labels of the masks: one more than the largest, for which all are read. ValueError if none."""
+        """Labels of the masks: one more than the largest, for which all are read."""
         if self.layout == "ade20k":
             return ADE20K_SEGMENTS
         masks = (np.asarray(self.open("segmentation", record)) for record in self.records)
-        largest = max(int(labels.max(initial=0, where=labels != NO_LABEL)) for labels in masks)
-        if largest < 1:
-            raise ValueError(f"masks like {self.records[0]['segmentation']} hold no label but 0, and "
-                             f"{NO_LABEL} where a pixel has none: number the labels from 0 on")
-        return largest + 1
+        return 1 + max(int(labels.max(initial=0, where=labels != NO_LABEL)) for labels in masks)
 
     def fingerprint(self) -> str:
         values = [value for record in self.records for value in record.values()]

@@ -20,7 +20,8 @@ Record = dict[str, Path | ndarray | int]
 
 FIELDS = ("image", "segmentation", "depth", "pose")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")  # case does not matter
-SUFFIXES = {"image": PICTURES, "segmentation": (".png", ".bmp", ".gif", ".tif", ".tiff"),  # nothing lossy
+SUFFIXES = {"image": PICTURES, "segmentation": (".png", ".bmp", ".tif", ".tiff"),  # no .jpg; nor .gif, whose
+            # writers number the labels anew
             "depth": (*PICTURES, ".npy"), "pose": (*PICTURES, ".npy")}
 VALIDATION_SHARE = 20  # one picture in 20 of a folder without train/ and val/
 
@@ -75,7 +76,7 @@ def any_folder(directory: Path, split: str, fields: tuple[str, ...]) -> list[Rec
     folders = {field: root / ("images" if field == "image" else field) for field in fields}
     if fields == ("image",) and not ((root / "images").is_dir() and beside):
         folders = {"image": root}
-    if "pose" in fields and next((root / "pose").rglob("*.npy"), None):
+    if "pose" in fields and any(path.suffix.lower() == ".npy" for path in found(root / "pose", "pose")):
         folders["image"] = root / "images"  # its size is needed to draw the key points
     records = paired(folders)
     return records if given else [
@@ -144,11 +145,20 @@ def deepfashion(directory: Path, split: str, fields: tuple[str, ...]) -> list[Re
     records = []
     for name, clothes, _, *numbers in landmarks:
         if (split == "val") == validates.get(name, kept_for_validation(Path(name))):
-            points = np.zeros((8, 3), np.float32)
-            flags = np.array(numbers, np.float32).reshape(-1, 3)  # 0 visible, 1 occluded, 2 cut off; x; y
-            points[list(LANDMARKS[clothes])] = np.stack([flags[:, 1], flags[:, 2], flags[:, 0] < 2], axis=1)
-            records.append({"image": images / name, "pose": points})
+            try:
+                records.append({"image": images / name, "pose": key_points(clothes, numbers)})
+            except (KeyError, ValueError):
+                raise ValueError(f"list_landmarks_inshop.txt has a line for {name} that is not like the "
+                                 "official ones: fetch it again") from None
     return records
+
+
+def key_points(clothes: str, numbers: list[str]) -> ndarray:
+    """Landmarks of a line as key points (8, 3): x, y, and 0 where one is cut off or not on such clothes."""
+    points = np.zeros((8, 3), np.float32)
+    state, x, y = np.array(numbers, np.float32).reshape(-1, 3).T  # state: 0 visible, 1 occluded, 2 cut off
+    points[list(LANDMARKS[clothes])] = np.stack([x, y, state < 2], axis=1)
+    return points
 
 
 def read_list(directory: Path, subfolder: str, name: str) -> list[list[str]]:

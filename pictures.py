@@ -73,9 +73,14 @@ def open_depth(path: Path) -> Image.Image:
 
 
 def open_array(path: Path) -> ndarray:
+    """The numbers in a .npy file. Raises ValueError for anything else."""
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with path.open("rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"of {array.dtype}, not of numbers")
+        return array
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as an array ({error}): remove or replace it") from None
 
 

@@ -92,6 +92,8 @@ class TrainConfig:
         if self.codebook_size > 65536:
             raise ValueError(f"codebook_size is {self.codebook_size}; codes are stored in 16 bits, "
                              "so it must be at most 65536")
+        if self.segments > data.NO_LABEL:
+            raise ValueError(f"segments is {self.segments}; labels end at 254, so it must be at most 255")
         if self.image_size % self.model().downsampling:
             raise ValueError(f"image_size is {self.image_size}, which channel_multipliers "
                              f"{self.channel_multipliers!r} cannot halve evenly; choose a multiple of "
@@ -254,7 +256,11 @@ def main(argv: list[str] | None = None) -> Path:
 def input_channels(config: TrainConfig, training, validation) -> int:
     """Channels of what is coded; of masks, one for each label."""
     if config.one_hot:
-        return config.segments or max(training.segments(), validation.segments())
+        segments = config.segments or max(training.segments(), validation.segments())
+        if segments == 1 and not config.segments:
+            raise ValueError(f"the masks in {config.data_dir} hold no label but 0, and 255, which means that "
+                             "a pixel has none: number the labels 0, 1, 2, …")
+        return segments
     return 1 if config.target == "depth" else 3
 
 
@@ -356,7 +362,7 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
                   "--restart-every of 25 to 100, a smaller --code-width or --codebook-size, a lower --lr",
                   flush=True)
     scores = {name: total / count for name, total in zip(names, totals)
-              if name != "val_lpips" or perceptual}
+              if count and (name != "val_lpips" or perceptual)}  # masks may have no label at all
     return scores | {"codes_used": used, "perplexity": perplexity}
 
 

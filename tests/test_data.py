@@ -357,7 +357,7 @@ def test_workers_leave_interrupts_to_the_run():
 def test_worker_count(monkeypatch):
     for cores, expected in ((2, 2), (64, 8), (None, 1)):
         monkeypatch.setattr(os, "cpu_count", lambda: cores)
-        assert worker_count(-1, "folder") == expected
+        assert worker_count(-1, "folder") == worker_count(-1, "ade20k") == expected
         assert worker_count(-1, "scenes") == worker_count(-1, "cifar10") == 0
         assert worker_count(0, "folder") == 0
         assert worker_count(5, "folder") == worker_count(5, "scenes") == 5
@@ -392,12 +392,14 @@ def test_a_label_beyond_the_channels_is_named(tmp_path, workers):
     assert next(load(void, fixed_order(1, 1), CPU, workers, "segmentation", 7)).max() == 0
 
 
-def test_masks_without_labels_are_named_when_labels_are_counted(tmp_path):
+def test_labels_are_counted_up_to_the_largest_of_all_masks_without_void_pixels(tmp_path):
     for split in ("train", "val"):
-        save(tmp_path / split / "segmentation" / "a.png", 255, mode="L")
-    dataset = open_dataset("folder", str(tmp_path), "val", 32, fields=("segmentation",))
-    with pytest.raises(ValueError, match="a.png hold no label but 0, and 255 where a pixel has none"):
-        dataset.segments()
+        for name, label in (("a", 255), ("b", 3 if split == "train" else 255), ("c", 7), ("d", 0)):
+            save(tmp_path / split / "segmentation" / f"{name}.png", label, mode="L")
+    for split, void_label, expected in (("train", 255, 8), ("train", 7, 4), ("val", 7, 1)):
+        dataset = open_dataset("folder", str(tmp_path), split, 32, fields=("segmentation",),
+                               void_label=void_label)
+        assert dataset.segments() == expected
 
 
 def test_each_label_gets_a_colour_of_its_own_and_none_is_black():
@@ -406,6 +408,7 @@ def test_each_label_gets_a_colour_of_its_own_and_none_is_black():
     colours = pictures.flatten(1)
     assert colours.shape == (21, 3) and colours.abs().max() <= 1 and colours[20].tolist() == [-1, -1, -1]
     assert torch.cdist(colours, colours)[~torch.eye(21, dtype=torch.bool)].min() > 0.15
+    assert colours[0].tolist() == pytest.approx([1, 0.2, 0.2])  # red, two fifths saturated
     logits = 5 * one_hot - 2
     assert torch.equal(as_pictures(logits, "segmentation"), pictures[:20])
     images = torch.rand(2, 3, 4, 4)

@@ -12,7 +12,7 @@ from PIL import Image
 
 import layouts
 from data import Files, check_offered, open_dataset
-from picture_files import assert_colour, files, many_pictures, noise, pictures, save, splits
+from picture_files import assert_colour, files, many_pictures, pictures, save, splits
 
 # folders: which pictures
 
@@ -152,6 +152,13 @@ def test_a_folder_called_images_alone_is_like_any_other(tmp_path):
     assert len(pictures(tmp_path)) == 2
 
 
+def test_a_folder_called_depth_without_images_is_like_any_other(tmp_path):
+    save(tmp_path / "train" / "a.png")
+    for place in ("depth", "more"):
+        save(tmp_path / "val" / place / "a.png")
+    assert len(pictures(tmp_path)) == 2
+
+
 def test_masks_need_no_images_unless_both_are_asked_for(tmp_path):
     with_masks(tmp_path)
     for path in sorted((tmp_path / "val" / "images").rglob("*.jpg"))[1:]:
@@ -173,10 +180,11 @@ def test_an_image_without_a_mask_and_a_missing_folder_are_named(tmp_path):
         fields_of(tmp_path, "depth")
 
 
-def test_a_lossy_mask_is_none(tmp_path):
-    save(tmp_path / "train" / "segmentation" / "a.jpg")
-    save(tmp_path / "val" / "segmentation" / "a.jpg")
-    with pytest.raises(FileNotFoundError, match=r"has no pictures \(.png .bmp .gif .tif .tiff\)"):
+@pytest.mark.parametrize("suffix", [".jpg", ".webp", ".gif"])  # of .gif, Pillow numbers the colours anew
+def test_a_mask_whose_format_may_change_its_numbers_is_none(tmp_path, suffix):
+    save(tmp_path / "train" / "segmentation" / f"a{suffix}")
+    save(tmp_path / "val" / "segmentation" / f"a{suffix}")
+    with pytest.raises(FileNotFoundError, match=r"has no pictures \(.png .bmp .tif .tiff\)"):
         fields_of(tmp_path, "segmentation")
 
 
@@ -198,11 +206,13 @@ def test_hidden_files_of_a_mac_are_no_pictures(tmp_path):
     assert len(pictures(tmp_path)) == 1
 
 
-def test_key_points_in_a_file_bring_their_image_along_for_its_size(tmp_path):
+@pytest.mark.parametrize("suffix", [".npy", ".NPY"])
+def test_key_points_in_a_file_bring_their_image_along_for_its_size(tmp_path, suffix):
     for split in ("train", "val"):
         save(tmp_path / split / "images" / "a.jpg")
         (tmp_path / split / "pose").mkdir()
-        np.save(tmp_path / split / "pose" / "a.npy", np.array([[20.0, 20.0]]))
+        with (tmp_path / split / "pose" / f"a{suffix}").open("wb") as file:
+            np.save(file, np.array([[20.0, 20.0]]))
     pose = fields_of(tmp_path, "pose")[0, None]["pose"]
     assert pose.shape == (3, 40, 40) and pose[:, 20, 20].tolist() == [255, 0, 0] and pose[:, 5, 5].max() == 0
     (tmp_path / "val" / "images" / "a.jpg").unlink()
@@ -247,6 +257,7 @@ def imagenet(folder: Path, names: list[str]) -> Path:
 def test_an_imagenet_label_is_the_place_of_its_folder(tmp_path):
     imagenet(tmp_path, ["n02", "n01", "n10", "n03"])
     (tmp_path / "train" / "n04").mkdir()  # no pictures, but a class
+    (tmp_path / "train" / "devkit.txt").write_text("no class")
     for split in ("train", "val"):
         dataset = fields_of(tmp_path, "image", split=split, name="imagenet", size=8)
         found = {files(dataset)[i].parent.name: int(dataset[i, None]["label"]) for i in range(len(dataset))}
@@ -352,6 +363,8 @@ def test_deepfashions_landmarks_are_eight_points_of_which_some_are_unknown(tmp_p
     assert item["image"].shape == item["pose"].shape == (3, 40, 40)
     alone = fields_of(tmp_path, "pose", split="train", name="deepfashion")
     assert np.array_equal(alone[0, None]["pose"], item["pose"]) and item["pose"].max() == 255
+    with pytest.raises(ValueError, match="02_0_front.jpg has 40×40 pixels, too few"):
+        fields_of(tmp_path, "pose", split="train", name="deepfashion", size=41)[0, None]
     before = alone.fingerprint()
     list_file = tmp_path / places[0] / "list_landmarks_inshop.txt"
     list_file.write_text(list_file.read_text().replace("001 002", "020 020"))
@@ -369,3 +382,26 @@ def test_deepfashion_without_its_partition_is_split_by_name_and_missing_parts_ar
     (tmp_path / "Anno" / "list_landmarks_inshop.txt").unlink()
     with pytest.raises(FileNotFoundError, match="has no Anno/list_landmarks_inshop.txt, nor that without Anno"):
         fields_of(tmp_path, "image", name="deepfashion")
+
+
+def test_deepfashions_pictures_that_its_partition_does_not_name_are_split_by_name(tmp_path):
+    """As without a partition: of 60 names, those that kept_for_validation has always kept."""
+    names = [f"img/MEN/{i}.jpg" for i in range(60)]
+    (tmp_path / "img").mkdir()
+    for name, first, rows in (("landmarks_inshop", "60", [f"{name} 2 1 " + "0 1 2 " * 4 for name in names]),
+                              ("eval_partition", "1", ["img/MEN/0.jpg id_0 query"])):
+        (tmp_path / f"list_{name}.txt").write_text("\n".join([first, "heading", *rows, "", ""]))
+    expected = {name for name in names if layouts.kept_for_validation(Path(name))} | {names[0]}
+    assert 1 < len(expected) < 12
+    found = files(fields_of(tmp_path, "image", name="deepfashion"))
+    assert {path.relative_to(tmp_path).as_posix() for path in found} == expected
+
+
+@pytest.mark.parametrize("change", [("  1 1 ", "  4 1 "), ("  1 1 ", "  2 1 "), (" 011 012", " 011"),
+                                    ("001", "x")])
+def test_a_list_of_landmarks_unlike_the_official_one_is_named(tmp_path, change):
+    deepfashion(tmp_path, "Anno", "Eval", "Img")
+    file = tmp_path / "Anno" / "list_landmarks_inshop.txt"
+    file.write_text(file.read_text().replace(*change, 1))
+    with pytest.raises(ValueError, match="list_landmarks_inshop.txt has a line for img/.*02_0_front.jpg"):
+        fields_of(tmp_path, "pose", split="train", name="deepfashion")

@@ -124,6 +124,8 @@ def test_large_jpegs_are_decoded_at_reduced_size_but_not_below_what_is_needed(tm
     assert 64 <= height < 1200 and width / height == pytest.approx(4 / 3, rel=0.02)
     save(tmp_path / "b.jpg", size=(100, 90))
     assert open_picture(tmp_path / "b.jpg", 64).size == (100, 90)
+    save(tmp_path / "c.jpg", size=(400, 300))
+    assert open_picture(tmp_path / "c.jpg", 100).size == (400, 300)  # 150 lines would do, but not to average
 
 
 @pytest.mark.parametrize("damage", [
@@ -192,10 +194,11 @@ def test_validation_crop_is_the_centre_of_the_picture_with_its_shorter_side_resi
     assert np.abs(found - expected).mean() < 0.5
 
 
-def test_shrinking_averages_instead_of_picking_pixels():
-    pixels = np.zeros((256, 256, 3), np.uint8)
+@pytest.mark.parametrize("field", ["image", "depth", "pose"])
+def test_shrinking_averages_instead_of_picking_pixels(field):
+    pixels = np.zeros((256, 256) if field == "depth" else (256, 256, 3), np.uint8)
     pixels[::2] = 255  # fine stripes
-    image = crop(pixels, 32)
+    image = cut_out(Image.fromarray(pixels), choose_window(256, 256, 32, False, None), field)
     assert np.abs(image.astype(int) - 127).max() < 12
 
 
@@ -340,6 +343,30 @@ def test_fields_that_cannot_show_the_same_are_named(tmp_path):
         dataset[0, None]
 
 
+@pytest.mark.parametrize("size, same", [((1000, 750), True), ((1000, 740), True), ((500, 375), True),
+                                        ((1000, 700), False), ((700, 750), False)])
+def test_shapes_may_differ_by_a_hundredth_but_not_by_a_twentieth(tmp_path, size, same):
+    for split in ("train", "val"):
+        save(tmp_path / split / "images" / "a.png", size=(1000, 750))
+        save(tmp_path / split / "segmentation" / "a.png", 1, size, "L")
+    dataset = open_dataset("folder", str(tmp_path), "val", 16, fields=("image", "segmentation"))
+    if same:
+        assert dataset[0, None]["segmentation"].min() == 1
+    else:
+        with pytest.raises(ValueError, match="both must show the same"):
+            dataset[0, None]
+
+
+def test_rounding_of_small_pictures_is_no_mismatch(tmp_path):
+    """The decoder halves 257×264 to 33×33, which is another shape by 1/33."""
+    for split in ("train", "val"):
+        save(tmp_path / split / "images" / "a.jpg", size=(257, 264))
+        save(tmp_path / split / "segmentation" / "a.png", 1, (257, 264), "L")
+    assert open_picture(tmp_path / "val" / "images" / "a.jpg", 16).size == (33, 33)
+    dataset = open_dataset("folder", str(tmp_path), "val", 16, fields=("image", "segmentation"))
+    assert dataset[0, None]["segmentation"].tolist() == [[1] * 16] * 16
+
+
 def test_a_small_mask_is_enlarged_beside_its_image_but_refused_alone(tmp_path):
     for split in ("train", "val"):
         save(tmp_path / split / "images" / "a.png", size=(80, 60))
@@ -392,6 +419,9 @@ class Malicious:
     (np.zeros((4, 4, 3)), r"a.npy has the shape \(4, 4, 3\); a depth map has one channel"),
     (np.zeros(4), r"a.npy has the shape \(4,\)"),
     (np.array([Malicious()], dtype=object), "a.npy cannot be read as an array .*Object arrays"),
+    (np.array([["near", "far"]]), r"a.npy cannot be read as an array \(of <U4, not of numbers\): remove"),
+    (np.zeros((4, 4), "f4, f4"), "a.npy cannot be read as an array .*not of numbers"),
+    (b"PK\3\4" + bytes(99), "a.npy cannot be read as an array"),  # as an .npz file begins
     (b"text", "a.npy cannot be read as an array"), (b"", "a.npy cannot be read as an array")])
 def test_what_is_no_depth_map_is_named_and_nothing_in_it_runs(tmp_path, value, sentence, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -460,6 +490,12 @@ def test_points_follow_the_crop_and_the_mirror_of_their_image(tmp_path):
             compared += 1
             assert np.abs(squares.mean(0) - discs.mean(0)).max() < 0.8
     assert compared > 5
+
+
+def test_points_are_pixels_of_the_whole_image_however_small_it_is_asked_for(tmp_path):
+    save(tmp_path / "a.jpg", size=(800, 600))
+    drawn = np.asarray(open_pose(np.array([[700, 500]]), tmp_path / "a.jpg", 32))
+    assert drawn.shape == (600, 800, 3) and drawn[500, 700].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 4), (1, 4, 2)])

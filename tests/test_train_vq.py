@@ -222,23 +222,49 @@ def test_a_perceptual_weight_of_0_only_measures(folder, tmp_path):
     assert lines[-1]["val_lpips"] > 0 and not any("perceptual" in line for line in lines)
 
 
-def test_a_batch_in_parts_trains_as_in_one_piece(folder, tmp_path):
+def test_a_batch_in_parts_trains_as_in_one_piece(folder, tmp_path, monkeypatch):
+    restart, sizes = train_vq.restart_dead_codes, []
+    monkeypatch.setattr(train_vq, "restart_dead_codes", lambda vq, optimizer, uses, images, process: (
+        sizes.append(len(images)), restart(vq, optimizer, uses, images, process)))
     whole, parts = (train_vq.main([*flags(folder, tmp_path / n, adversarial=False), "--steps", "6",
-                                   "--accumulate", n]) for n in ("1", "4"))
+                                   "--restart-every", "5", "--accumulate", n]) for n in ("1", "4"))
+    assert sizes == [4, 4]  # dead codes move onto the outputs of whole batches
     one, two = (torch.load(path, weights_only=True) for path in (whole, parts))
     for name, weight in one["model"].items():
         assert torch.allclose(weight, two["model"][name], rtol=1e-3, atol=1e-4), name
     assert torch.equal(one["uses"], two["uses"])  # each code of each part, once
+    for i, before in one["optimizer"]["state"].items():  # Adam itself hides a factor of all gradients
+        after = two["optimizer"]["state"][i]["exp_avg"]
+        assert torch.allclose(before["exp_avg"], after, rtol=1e-2, atol=1e-2 * after.abs().max().item()), i
     for before, after in zip(log_of(whole), log_of(parts)):
         for name in ("l1", "perceptual", "vq"):
             assert after[name] == pytest.approx(before[name], rel=1e-3)
 
 
-def test_gradient_checkpointing_changes_nothing_but_the_memory(folder, tmp_path):
+def test_each_part_has_its_share_of_the_discriminators_step(folder, tmp_path, monkeypatch):
+    backward, shares = losses.Adversary.backward, []
+    monkeypatch.setattr(losses.Adversary, "backward", lambda self, images, fakes, share: (
+        shares.append((len(images), share)), backward(self, images, fakes, share))[1])
+    train_vq.main([*flags(folder, tmp_path, False), "--steps", "2", "--discriminator-start", "0",
+                   "--accumulate", "2"])
+    assert shares == [(2, 0.5)] * 4
+
+
+def test_gradient_checkpointing_changes_nothing_but_the_memory(folder, tmp_path, monkeypatch):
     arguments = [*flags(folder, tmp_path / "a", False, False), "--steps", "4"]
     plain = train_vq.main(arguments)
     checkpointed = train_vq.main([*arguments, "--out", str(tmp_path / "b"), "--gradient-checkpointing"])
     assert differences(plain, checkpointed) == []
+    more = [*arguments, "--steps", "6", "--resume"]  # it may be switched on or off on the way
+    switched = train_vq.main([*more, "--gradient-checkpointing"])
+    assert differences(switched, train_vq.main([*more, "--out", str(tmp_path / "b")])) == []
+
+    seen = []
+    with monkeypatch.context() as context:
+        context.setattr(train_vq, "VQ", lambda config, on: (seen.append(on), VQ(config, on))[1])
+        for i, more in enumerate(([], ["--gradient-checkpointing"])):
+            train_vq.main([*flags(folder, tmp_path / f"{i}", False, False), "--steps", "1", *more])
+    assert seen == [False, True]
 
     kept = {}  # what is kept for the backward pass
     for on in (False, True):
@@ -337,9 +363,33 @@ def test_labels_of_the_masks_are_counted_over_both_splits_or_named(tmp_path, fol
         train_vq.main([*base, "--out", str(tmp_path / "c"), "--segments", "9"])
 
 
+def masks(folder: Path, training: int, validation: int) -> list[str]:
+    """Masks of one label in each split, and the flags to train on them."""
+    for split, label in (("train", training), ("val", validation)):
+        (folder / split / "segmentation").mkdir(parents=True)
+        for i in range(4):
+            mask = Image.fromarray(np.full((32, 32), label, np.uint8))
+            mask.save(folder / split / "segmentation" / f"{i}.png")
+    return [*flags(folder, folder / "out", False, False), "--target", "segmentation", "--steps", "1"]
+
+
+def test_masks_need_a_label_beside_0_in_one_of_the_splits(tmp_path):
+    found = train_vq.main(masks(tmp_path / "a", 3, 0))
+    assert torch.load(found, weights_only=True)["model_config"]["image_channels"] == 4
+    with pytest.raises(ValueError, match="hold no label but 0, and 255, which means that a pixel has none"):
+        train_vq.main(masks(tmp_path / "b", 0, 255))
+    assert not (tmp_path / "b" / "out").exists()
+
+
+def test_validation_masks_without_any_label_have_no_scores(tmp_path):
+    *_, line = log_of(train_vq.main([*masks(tmp_path, 1, 255), "--segments", "2"]))
+    assert line["codes_used"] >= 1 and not {"val_cross_entropy", "val_accuracy"} & set(line)
+
+
 def test_masks_use_neither_lpips_nor_discriminator_whatever_the_preset_and_have_a_folder_of_their_own():
     masks = dataclasses.replace(train_vq.PRESETS["paper"], target="segmentation", data="ade20k")
     assert not masks.perceives and not masks.adversarial
+    assert dataclasses.replace(masks, image_size=16, perceptual="alexnet")  # which is too small for either
     assert str(masks.folder) == "runs/vq-paper-ade20k-segmentation"
     depth = dataclasses.replace(train_vq.PRESETS["paper"], target="depth", data="imagenet")
     assert depth.perceives and depth.adversarial and str(depth.folder) == "runs/vq-paper-imagenet-depth"
@@ -479,6 +529,8 @@ def test_mistakes_end_in_a_sentence_and_leave_nothing(folder, tmp_path, monkeypa
         (["--target", "depth", "--data", "cifar10"], 2, "cifar10 has no 'depth'; it has image"),
         (["--target", "depth"], 1, "depth is no folder; depth files are expected there"),
         (["--target", "segmentation", "--segments", "-1"], 2, "segments is -1; it must be at least 0"),
+        (["--segments", "256"], 2, "segments is 256; labels end at 254, so it must be at most 255"),
+        (["--void-label", "-1"], 2, "void_label is -1; it must be at least 0"),
     ]
     for more, status, sentence in cases:
         code, errors = shell([*base, *more], monkeypatch, capsys)
