@@ -176,7 +176,7 @@ def test_an_image_without_a_mask_and_a_missing_folder_are_named(tmp_path):
 def test_a_lossy_mask_is_none(tmp_path):
     save(tmp_path / "train" / "segmentation" / "a.jpg")
     save(tmp_path / "val" / "segmentation" / "a.jpg")
-    with pytest.raises(FileNotFoundError, match=r"has no pictures \(.png .bmp .gif .tif .tiff\)"):
+    with pytest.raises(FileNotFoundError, match=r"has no pictures \(.png .bmp .tif .tiff\)"):
         fields_of(tmp_path, "segmentation")
 
 
