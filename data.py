@@ -10,6 +10,7 @@ Symbols: B batch, C channels, H×W pixels, h×w code grid, N pictures, S = image
 """
 import colorsys
 import hashlib
+import inspect
 import json
 import os
 import signal
@@ -70,7 +71,9 @@ class Scenes:
         return len(scenes.SEGMENTS)
 
     def fingerprint(self) -> str:
-        program = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()  # it may draw other pictures
+        parts = (scenes, draw_keypoints) if "pose" in self.fields else (scenes,)
+        program = "".join(map(inspect.getsource, parts))  # it may draw other pictures one day
+        program = hashlib.sha256(program.encode()).hexdigest()
         return f"scenes {self.split} {self.size} {self.fields} {len(self)} {program}"
 
 
@@ -138,7 +141,7 @@ class Files:
             pixel = 1 / min(width, height, *picture.size)  # by which small ones are rounded
             if abs(width / height * picture.height / picture.width - 1) > 0.02 + pixel:
                 raise ValueError(f"{record[field]} has {picture.width}×{picture.height} pixels but {name} "
-                                 f"{width}×{height}: both must show the same, at any resolution")
+                                 f"{width}×{height}: both must show the same, upright, at any resolution")
         random = look(key, index) if self.train and key is not None else None
         window = choose_window(width, height, self.size, self.flip, random)
         known = {field: cut_out(picture, window, field) for field, picture in zip(self.fields, pictures)}
@@ -260,9 +263,11 @@ def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device, 
                          generator=torch.Generator())  # its own: must not advance the run's random state
     for batch in batches:
         values = batch[field]
-        if field == "segmentation" and (values[values != NO_LABEL] >= channels).any():
-            raise ValueError(f"a mask has the label {int(values[values != NO_LABEL].max())}, but segments is "
-                             f"{channels}: raise --segments, or name the label of no class with --void-label")
+        if field == "segmentation":
+            largest = int(values.masked_fill(values == NO_LABEL, 0).max())
+            if largest >= channels:
+                raise ValueError(f"a mask has the label {largest}, but segments is {channels}: "
+                                 "raise --segments, or name the label of no class with --void-label")
         yield as_input(values.to(device, non_blocking=True), field, channels)
 
 

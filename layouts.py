@@ -1,7 +1,7 @@
 """In which folders the pictures of a data set lie, and what lies beside them (§A.2).
 
 A layout turns a folder into records, one a picture: {"image": file, "segmentation": file, …, "label": class},
-with those fields that are asked for. All raise FileNotFoundError, which says what is missing.
+with those fields that are asked for. All raise FileNotFoundError or ValueError, which say what is wrong.
 
     folder               any pictures, or images/x.jpg beside segmentation/x.png, depth/x.png and pose/x.png;
                          within train/ and val/, or else one name in 20 is kept for validation
@@ -20,8 +20,8 @@ Record = dict[str, Path | ndarray | int]
 
 FIELDS = ("image", "segmentation", "depth", "pose")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")  # case does not matter
-SUFFIXES = {"image": PICTURES, "segmentation": (".png", ".bmp", ".tif", ".tiff"),  # no .jpg; nor .gif, whose
-            # writers number the labels anew
+SUFFIXES = {"image": PICTURES,
+            "segmentation": (".png", ".bmp", ".tif", ".tiff"),  # not lossy, nor GIF, which renumbers labels
             "depth": (*PICTURES, ".npy"), "pose": (*PICTURES, ".npy")}
 VALIDATION_SHARE = 20  # one picture in 20 of a folder without train/ and val/
 
@@ -35,16 +35,38 @@ RESTRICTED = {"dog": (151, 268), "cat": (281, 285), "frog": (30, 32), "turtle": 
 LANDMARKS = {"1": (0, 1, 2, 3, 6, 7), "2": (4, 5, 6, 7), "3": (0, 1, 2, 3, 4, 5, 6, 7)}
 
 
-def found(folder: Path, field: str) -> list[Path]:
-    """The files of a field anywhere below a folder, sorted; but no hidden ones, which a Mac leaves behind."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES[field]
-                  and not path.name.startswith(".") and path.is_file())
+def found(folder: Path, field: str, above: tuple[Path, ...] = ()) -> list[Path]:
+    """The files of a field anywhere below a folder, sorted. Links are followed, but not in circles.
+
+    Nothing hidden: a Mac (._a.jpg) and Jupyter (.ipynb_checkpoints/) leave what is none of the data.
+    """
+    place, files = folder.resolve(), []
+    if place in above:
+        return []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.suffix.lower() in SUFFIXES[field] and path.is_file():
+            files.append(path)
+        elif path.is_dir():
+            files += found(path, field, (*above, place))
+    return files
+
+
+def by_name(folder: Path, files: list[Path]) -> dict[Path, Path]:
+    """Files by what they are called below a folder, but for the suffix. Raises ValueError if two agree."""
+    named = {}
+    for path in files:
+        other = named.setdefault(path.relative_to(folder).with_suffix(""), path)
+        if other != path:
+            raise ValueError(f"{other} and {path.name} belong to one picture: remove one of them")
+    return named
 
 
 def paired(folders: dict[str, Path]) -> list[Record]:
     """A record for each file below the first folder, with the files of the same name in the others.
 
-    Names are compared without their suffix. Raises if a folder is missing or empty, or a file alone.
+    Names are compared without their suffix. Raises if a folder is missing or empty, a file alone or doubled.
     """
     for field, folder in folders.items():
         if not folder.is_dir():
@@ -54,9 +76,9 @@ def paired(folders: dict[str, Path]) -> list[Record]:
     if not records:
         raise FileNotFoundError(f"{root} has no pictures ({' '.join(SUFFIXES[first])}); "
                                 "put some there, or name another --data-dir")
-    names = [record[first].relative_to(root).with_suffix("") for record in records]
+    names = by_name(root, [record[first] for record in records]) if others else {}
     for field, folder in others:
-        partners = {path.relative_to(folder).with_suffix(""): path for path in found(folder, field)}
+        partners = by_name(folder, found(folder, field))
         alone = sorted(set(names) ^ set(partners))
         if alone:
             there, missing = (first, field) if alone[0] in names else (field, first)
@@ -76,7 +98,8 @@ def any_folder(directory: Path, split: str, fields: tuple[str, ...]) -> list[Rec
     folders = {field: root / ("images" if field == "image" else field) for field in fields}
     if fields == ("image",) and not ((root / "images").is_dir() and beside):
         folders = {"image": root}
-    if "pose" in fields and any(path.suffix.lower() == ".npy" for path in found(root / "pose", "pose")):
+    if "pose" in beside and "pose" in fields and any(
+            path.suffix.lower() == ".npy" for path in found(root / "pose", "pose")):
         folders["image"] = root / "images"  # its size is needed to draw the key points
     records = paired(folders)
     return records if given else [
@@ -108,7 +131,8 @@ def imagenet(directory: Path, split: str, fields: tuple[str, ...]) -> list[Recor
 
 def class_folders(directory: Path) -> list[str]:
     train = directory / "train"
-    return sorted(path.name for path in train.iterdir() if path.is_dir()) if train.is_dir() else []
+    return sorted(path.name for path in train.iterdir()
+                  if path.is_dir() and not path.name.startswith(".")) if train.is_dir() else []
 
 
 def restricted_imagenet(directory: Path, split: str, fields: tuple[str, ...]) -> list[Record]:
@@ -141,19 +165,19 @@ def deepfashion(directory: Path, split: str, fields: tuple[str, ...]) -> list[Re
         if not there:
             raise FileNotFoundError(f"{directory} has no {name}, nor that without {name.split('/')[0]}/; "
                                     "name the folder of DeepFashion's in-shop benchmark")
-    validates = {name: status != "train" for name, _, status in partition}
+    validates = {name: status != "train" for name, *_, status in partition}
     records = []
-    for name, clothes, _, *numbers in landmarks:
+    for name, *words in landmarks:
         if (split == "val") == validates.get(name, kept_for_validation(Path(name))):
             try:
-                records.append({"image": images / name, "pose": key_points(clothes, numbers)})
-            except (KeyError, ValueError):
+                records.append({"image": images / name, "pose": key_points(*words)})
+            except (KeyError, TypeError, ValueError):
                 raise ValueError(f"list_landmarks_inshop.txt has a line for {name} that is not like the "
                                  "official ones: fetch it again") from None
     return records
 
 
-def key_points(clothes: str, numbers: list[str]) -> ndarray:
+def key_points(clothes: str, variation: str, *numbers: str) -> ndarray:
     """Landmarks of a line as key points (8, 3): x, y, and 0 where one is cut off or not on such clothes."""
     points = np.zeros((8, 3), np.float32)
     state, x, y = np.array(numbers, np.float32).reshape(-1, 3).T  # state: 0 visible, 1 occluded, 2 cut off

@@ -61,15 +61,19 @@ def open_depth(path: Path) -> Image.Image:
 
     A picture of 8, 16 or 32 bits, or an array (H, W) in a .npy file. ValueError for anything else.
     """
-    depth = open_array(path) if path.suffix.lower() == ".npy" else np.asarray(opened(path), np.float32)
-    depth = np.squeeze(depth).astype(np.float32)
-    if depth.ndim != 2:
+    if path.suffix.lower() == ".npy":
+        depth = open_array(path)
+    else:
+        picture = opened(path)
+        depth = np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)  # numbers of colours
+    depth = np.squeeze(depth).astype(np.float64)  # float32 would round large numbers off before the scaling
+    if depth.ndim != 2 or not depth.size:
         raise ValueError(f"{path} has the shape {depth.shape}; a depth map has one channel, (H, W)")
     if not np.isfinite(depth).all():
         raise ValueError(f"{path} has depths that are infinite or not a number: remove or replace it")
     low, high = depth.min(), depth.max()
     depth = (depth - low) / (high - low) * 2 - 1 if high > low else np.zeros_like(depth)
-    return Image.fromarray(depth)
+    return Image.fromarray(depth.astype(np.float32))
 
 
 def open_array(path: Path) -> ndarray:

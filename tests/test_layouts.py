@@ -398,7 +398,8 @@ def test_deepfashions_pictures_that_its_partition_does_not_name_are_split_by_nam
 
 
 @pytest.mark.parametrize("change", [("  1 1 ", "  4 1 "), ("  1 1 ", "  2 1 "), (" 011 012", " 011"),
-                                    ("001", "x")])
+                                    ("001", "x"),
+                                    ("  1 1 0 001 002 0 003 004 1 005 006 2 007 008 0 009 010 0 011 012", "")])
 def test_a_list_of_landmarks_unlike_the_official_one_is_named(tmp_path, change):
     deepfashion(tmp_path, "Anno", "Eval", "Img")
     file = tmp_path / "Anno" / "list_landmarks_inshop.txt"
