@@ -106,6 +106,13 @@ def test_scenes_have_16000_training_and_1000_validation_pictures_and_distinct_fi
     assert Scenes("val", 16).fingerprint() not in prints
 
 
+@pytest.mark.parametrize("field, told", [("pose", True), ("depth", False)])
+def test_the_fingerprint_of_drawn_poses_tells_of_how_points_are_drawn(monkeypatch, field, told):
+    before = Scenes("val", 16, (field,)).fingerprint()
+    monkeypatch.setattr(data, "draw_keypoints", lambda points, size, limbs: None)
+    assert (Scenes("val", 16, (field,)).fingerprint() != before) == told
+
+
 # CIFAR-10
 
 @pytest.fixture(scope="session")

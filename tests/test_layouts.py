@@ -199,11 +199,35 @@ def test_without_train_and_val_images_and_masks_are_split_alike(tmp_path):
     assert names == [path.stem for path in files(masks, "segmentation")] and 0 < len(names) < 15
 
 
-def test_hidden_files_of_a_mac_are_no_pictures(tmp_path):
-    save(tmp_path / "train" / "a.png")
+def test_hidden_files_and_folders_hold_no_pictures(tmp_path):
+    splits(tmp_path)
     save(tmp_path / "val" / "a.png")
-    (tmp_path / "val" / "._a.png").write_bytes(b"resource fork")
-    assert len(pictures(tmp_path)) == 1
+    (tmp_path / "val" / "._a.png").write_bytes(b"resource fork")  # a Mac's
+    save(tmp_path / "val" / ".ipynb_checkpoints" / "a-checkpoint.png")
+    assert files(pictures(tmp_path)) == [tmp_path / "val" / "a.png"]
+
+
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
+    """Also a folder that is linked twice, as whoever counts a class double may wish."""
+    splits(tmp_path)
+    save(tmp_path / "elsewhere" / "sub" / "a.png")
+    save(tmp_path / "val" / "b.png")
+    for name, target in (("here", "elsewhere"), ("twice", "elsewhere"), ("elsewhere/sub/circle", "elsewhere"),
+                         ("itself", "val")):
+        link = tmp_path / (name if "/" in name else f"val/{name}")
+        link.symlink_to(tmp_path / target, target_is_directory=True)
+    found = [path.relative_to(tmp_path / "val").as_posix() for path in files(pictures(tmp_path))]
+    assert found == ["b.png", "here/sub/a.png", "twice/sub/a.png"]
+
+
+def test_two_files_for_one_picture_are_named_where_partners_are_sought(tmp_path):
+    for doubled in ("images", "segmentation"):
+        with_masks(tmp_path / doubled)
+        save(tmp_path / doubled / "val" / doubled / "sub" / "1.bmp", mode="RGB" if doubled == "images" else "L",
+             colour=(0, 0, 0) if doubled == "images" else 0)
+        with pytest.raises(ValueError, match=r"sub/1\.(bmp|jpg|png) and 1\.(bmp|jpg|png) belong to one picture"):
+            fields_of(tmp_path / doubled, "image", "segmentation")
+        assert len(fields_of(tmp_path / doubled, "image" if doubled == "images" else "segmentation")) == 4
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".NPY"])

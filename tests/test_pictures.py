@@ -439,6 +439,18 @@ def test_a_depth_map_in_colours_is_refused(tmp_path):
         open_depth(save(tmp_path / "a.png"))
 
 
+def test_a_depth_map_with_a_palette_is_one_in_colours(tmp_path):
+    """Else the numbers of its colours would be taken for depths."""
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8)).convert("P").save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a.png has the shape \(6, 8, 3\); a depth map has one channel"):
+        open_depth(tmp_path / "a.png")
+
+
+def test_depths_that_float32_cannot_tell_apart_are_scaled_before_they_are_rounded(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[2**31, 2**31 + 1, 2**31 + 2]] * 2))
+    assert np.asarray(open_depth(tmp_path / "a.npy")).tolist() == [[-1, 0, 1]] * 2
+
+
 def test_depth_stays_in_its_range_when_resized():
     depth = np.where(np.random.default_rng(0).random((40, 40)) < 0.5, -1, 1).astype(np.float32)
     for size in (13, 97):
