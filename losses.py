@@ -304,18 +304,30 @@ def autoencoder_loss(images: Tensor, reconstructions: Tensor, quantization_loss:
     Of images and reconstructions (B, C, H, W), or with `one_hot` of masks and their logits; `last_layer` is
     the decoder's last weight.
     """
+    x = reconstructions.detach().requires_grad_()  # (B, C, H, W): see `tangent`
     name, reconstruction_loss = ("cross_entropy", cross_entropy) if one_hot else ("l1", F.l1_loss)
-    parts = {name: reconstruction_loss(images, reconstructions), "vq": quantization_loss}
+    parts = {name: reconstruction_loss(images, x), "vq": quantization_loss}
     nll = parts[name]
     if perceptual and perceptual_weight:
-        parts["perceptual"] = perceptual(images, reconstructions).mean()
+        parts["perceptual"] = perceptual(images, x).mean()
         nll = nll + perceptual_weight * parts["perceptual"]
+    nll = tangent(nll, x, reconstructions)
     loss = nll + quantization_loss
     if adversary:
-        generator_loss = adversary.generator_loss(reconstructions)
+        generator_loss = tangent(adversary.generator_loss(x), x, reconstructions)
         parts["lambda"] = adaptive_weight(nll, generator_loss, last_layer, adversary.world)
         loss = loss + adversary.weight * parts["lambda"] * generator_loss
     return loss, parts
+
+
+def tangent(loss: Tensor, x: Tensor, reconstructions: Tensor) -> Tensor:
+    """A scalar loss of the leaf x = reconstructions (B, C, H, W) as its tangent there: equal value and slope.
+
+    λ and the step both need the slope. LPIPS and the discriminator are walked back through here, once, and
+    what they kept for that is freed.
+    """
+    slope, = torch.autograd.grad(loss, x)  # (B, C, H, W)
+    return loss.detach() + (slope * (reconstructions - x.detach())).sum()
 
 
 def score_sums(images: Tensor, reconstructions: Tensor, perceptual: PerceptualLoss | None,

@@ -465,6 +465,39 @@ def test_the_autoencoders_loss_is_the_sum_of_its_parts(alexnet):
     assert total == pytest.approx(l1 + 2 * lpips + 0.25 - 0.8 * expected * logits, rel=1e-4)
 
 
+def test_the_autoencoders_loss_has_its_parts_slope_and_walks_back_through_each_once(alexnet, monkeypatch):
+    walks = []
+
+    class Counted(torch.autograd.Function):  # the identity, which notes each backward pass
+        @staticmethod
+        def forward(context, x, name):
+            context.name = name
+            return x.clone()
+
+        @staticmethod
+        def backward(context, slope):
+            walks.append(context.name)
+            return slope, None
+
+    opponent, last, images = adversary(), nn.Conv2d(2, 3, 3, padding=1), pictures()
+    fakes, quantization_loss = last(torch.randn(2, 2, 32, 32)), last.bias.square().sum()
+    nll = (fakes - images).abs().mean() + 2 * alexnet(images, fakes).mean()
+    generator = -opponent.discriminator(fakes).mean()
+    expected = nll + quantization_loss + 0.8 * adaptive_weight(nll, generator, last.weight) * generator
+    expected = torch.autograd.grad(expected, (last.weight, last.bias), retain_graph=True)
+    opponent.discriminator.zero_grad(set_to_none=True)
+
+    forward, generator_loss = alexnet.forward, opponent.generator_loss
+    monkeypatch.setattr(alexnet, "forward", lambda a, b: forward(a, Counted.apply(b, "lpips")))
+    monkeypatch.setattr(opponent, "generator_loss", lambda x: generator_loss(Counted.apply(x, "opponent")))
+    total, _ = autoencoder_loss(images, fakes, quantization_loss, alexnet, 2.0, opponent, last.weight)
+    total.backward()
+    assert walks == ["lpips", "opponent"]
+    assert all(weight.grad is None for weight in opponent.discriminator.parameters())
+    for weight, slope in zip((last.weight, last.bias), expected):
+        assert torch.allclose(weight.grad, slope, rtol=1e-4, atol=1e-6)
+
+
 def test_the_adaptive_weight_is_the_ratio_of_the_gradients_lengths():
     weight = torch.tensor([3.0, 4.0], requires_grad=True)
     nll, generator = (weight**2).sum(), 2 * weight[0]  # gradients (6, 8) and (2, 0)

@@ -7,6 +7,7 @@ storages that autograd holds, but for the weights. Weights, gradients, Adam's mo
 own buffers come on top. It is no measurement on a GPU.
 """
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,30 +21,42 @@ from step_time import random_perceptual_loss
 from vq import VQ
 
 
-def kept(gradient_checkpointing: bool, mixed: bool) -> int:
-    """Bytes for one picture of 256×256, with LPIPS and the discriminator heard."""
+def most_kept(gradient_checkpointing: bool, mixed: bool) -> int:
+    """Bytes for one picture of 256×256: of the autoencoder beside LPIPS, or the discriminator's, if larger.
+
+    Not beside both: `tangent` in losses.py frees what the one kept before the other begins.
+    """
     config, process = train_vq.PRESETS["paper"], run.Process(torch.device("cpu"), 0, 1)
     vq = VQ(config.model(), gradient_checkpointing)
     perceptual, adversary = random_perceptual_loss("vgg16"), train_vq.open_adversary(config, vq, process)
     networks = (vq, perceptual, adversary.discriminator)
     weights = {tensor.data_ptr() for network in networks
                for tensor in (*network.parameters(), *network.buffers())}
-    storages = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            storages[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+    def storages(forward: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        found = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                found[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = forward()
+        assert result.requires_grad
+        return result, found
+
+    def autoencode() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            return vq(images)[0]
 
     images = torch.rand(1, 3, config.image_size, config.image_size) * 2 - 1
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            reconstructions, _, quantization_loss = vq(images)
-        reconstructions = reconstructions.float()
-        nll = (reconstructions - images).abs().mean() + perceptual(images, reconstructions).mean()
-        total = nll + quantization_loss + adversary.generator_loss(reconstructions)
-    assert total.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    reconstructions, of_autoencoder = storages(autoencode)
+    x = reconstructions.detach().float().requires_grad_()
+    losses = [lambda: (x - images).abs().mean() + perceptual(images, x).mean(),
+              lambda: adversary.generator_loss(x)]
+    together = [of_autoencoder | storages(loss)[1] for loss in losses]  # each storage once
+    return max(sum(tensor.untyped_storage().nbytes() for tensor in found.values()) for found in together)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -58,7 +71,7 @@ def main():
     nn.GroupNorm = GroupNorm
     for mixed in (False, True):
         for gradient_checkpointing in (False, True):
-            size = kept(gradient_checkpointing, mixed) / 2**30
+            size = most_kept(gradient_checkpointing, mixed) / 2**30
             print(f"{'bfloat16 as on a GPU' if mixed else 'float32'}, gradient checkpointing "
                   f"{'on' if gradient_checkpointing else 'off'}: {size:.3f} GiB a picture, "
                   f"{12 * size:.1f} GiB for 12")
