@@ -136,7 +136,8 @@ class Files:
         (width, height), name = pictures[0].size, record.get("image", record[self.fields[0]])
         if min(width, height) < self.size and not self.upscale:
             raise ValueError(f"{name} has {width}×{height} pixels, too few for "
-                             f"an image_size of {self.size}: remove it, lower --image-size, or add --upscale")
+                             f"an image_size of {self.size}: remove it, or train the first stage with "
+                             "--upscale or a lower --image-size")
         for field, picture in zip(self.fields, pictures):
             pixel = 1 / min(width, height, *picture.size)  # by which small ones are rounded
             if abs(width / height * picture.height / picture.width - 1) > 0.02 + pixel:

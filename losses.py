@@ -8,7 +8,6 @@ The paper refers to a VQGAN's losses; the numbers here are those of the authors'
 Symbols: B batch, C channels, H×W pixels, h'×w' patches.
 """
 import hashlib
-import pickle
 import re
 from pathlib import Path
 
@@ -22,7 +21,7 @@ TAPS = {"vgg16": {3: 64, 8: 128, 15: 256, 22: 512, 29: 512},
         "alexnet": {1: 64, 4: 192, 7: 384, 9: 256, 11: 256}}
 SMALLEST = {"vgg16": 16, "alexnet": 31}  # pixels along a side that leave one value in the deepest layer
 TOLERANCE = 1e-3  # of a real picture's range, for rounding
-OVERSHOOT = 20  # a decoder's output is not clamped; beyond this it is a picture in [0, 255], or diverged
+OVERSHOOT = 20  # a decoder's output is not clamped; beyond this it has diverged
 
 # Backbone (torchvision) and heads (the LPIPS release): file name in torch.hub's cache, where from, sha256.
 LPIPS_RELEASE = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/"
@@ -92,13 +91,13 @@ class PerceptualLoss(nn.Module):
         """A measure has no training mode: the authors' model, which could be switched, had dropout in it."""
         return super().train(False)
 
-    def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """Two batches of pictures (B, 1 or 3, H, W) float32 in [−1, 1] → their distances (B,).
+    def forward(self, images: Tensor, others: Tensor, unclamped: bool = False) -> Tensor:
+        """Two batches of pictures (B, 1 or 3, H, W) float32 in [−1, 1] → their distances (B,). Symmetric.
 
-        Symmetric. One may be a decoder's output, which overshoots: up to ±20, if the other keeps to [−1, 1].
-        Raises ValueError beyond, and for sizes that do not fit.
+        `unclamped`: the others are a decoder's output, which may overshoot, up to ±20. Raises ValueError for
+        pictures beyond, or of sizes that do not fit.
         """
-        self.check(images, others)
+        self.check(images, others, unclamped)
         distance = torch.zeros(len(images), device=images.device)  # (B,)
         for head, a, b in zip(self.heads, self.taps(images), self.taps(others)):  # (B, channels, h, w) each
             distance = distance + (head * (a - b).square()).sum(1).mean((1, 2))
@@ -114,7 +113,7 @@ class PerceptualLoss(nn.Module):
                 found.append(x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10))
         return found
 
-    def check(self, images: Tensor, others: Tensor):
+    def check(self, images: Tensor, others: Tensor, unclamped: bool):
         smallest = SMALLEST[self.backbone]
         if (images.shape != others.shape or images.ndim != 4 or images.shape[1] not in (1, 3)
                 or min(images.shape[2:]) < smallest):
@@ -123,12 +122,14 @@ class PerceptualLoss(nn.Module):
                 f"needs two equal shapes (B, 1 or 3, H, W) of at least {smallest}×{smallest} pixels")
         if not (images.is_floating_point() and others.is_floating_point()):
             raise ValueError(f"pictures are {images.dtype} and {others.dtype}, not float32 in [−1, 1]")
-        largest = torch.stack([images.detach().abs().amax(), others.detach().abs().amax()]).tolist()
+        largest, other = torch.stack([images.detach().abs().amax(), others.detach().abs().amax()]).tolist()
         # Not a number passes: the run's log reports it as the loss that it becomes.
-        if min(largest) > 1 + TOLERANCE or max(largest) > OVERSHOOT:
-            raise ValueError(
-                f"pictures reach ±{largest[0]:.4g} and ±{largest[1]:.4g}; LPIPS needs both in [−1, 1], "
-                f"not in [0, 255], and a decoder's output beyond ±{OVERSHOOT} has diverged")
+        if largest > 1 + TOLERANCE or other > 1 + TOLERANCE and not unclamped:
+            raise ValueError(f"pictures reach ±{largest:.4g} and ±{other:.4g}; LPIPS needs them in [−1, 1], "
+                             "not in [0, 255]")
+        if other > OVERSHOOT:
+            raise ValueError(f"reconstructions reach ±{other:.4g} instead of ±1, so the decoder diverges: "
+                             "go on from the last checkpoint with --resume and a lower --lr")
 
 
 def fetched(name: str, url: str, sha256: str) -> Path:
@@ -158,8 +159,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path} does not exist; {ADVICE}")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError,
-            AttributeError) as error:
+    except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path} is damaged, or holds more than numbers, strings and tensors "
                          f"({type(error).__name__}); {ADVICE}") from None
     if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
@@ -291,25 +291,27 @@ class Adversary:
 
 
 def cross_entropy(one_hot: Tensor, logits: Tensor) -> Tensor:
-    """Of masks (B, C, H, W), mean over the pixels that have a label, in nats; scalar."""
-    nats = -(one_hot * logits.log_softmax(1)).sum()
-    return nats / one_hot.sum().clamp(min=1)
+    """Of masks (B, C, H, W), sum over the pixels that have a label, in nats; scalar."""
+    return -(one_hot * logits.log_softmax(1)).sum()
 
 
 def autoencoder_loss(images: Tensor, reconstructions: Tensor, quantization_loss: Tensor,
                      perceptual: PerceptualLoss | None, perceptual_weight: float, adversary: Adversary | None,
-                     last_layer: Tensor, one_hot: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+                     last_layer: Tensor, labelled: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """What the autoencoder minimizes, and its parts for the log, all scalar; None leaves a part out.
 
-    Of images and reconstructions (B, C, H, W), or with `one_hot` of masks and their logits; `last_layer` is
-    the decoder's last weight.
+    Of images and reconstructions (B, C, H, W), or of masks and their logits: then `labelled` is the number of
+    pixels that have a label, in the mean over the parts of a step. `last_layer` is the decoder's last weight.
     """
     x = reconstructions.detach().requires_grad_()  # (B, C, H, W): see `tangent`
-    name, reconstruction_loss = ("cross_entropy", cross_entropy) if one_hot else ("l1", F.l1_loss)
-    parts = {name: reconstruction_loss(images, x), "vq": quantization_loss}
-    nll = parts[name]
+    if labelled is None:
+        nll = F.l1_loss(images, x)
+        parts = {"l1": nll, "vq": quantization_loss}
+    else:
+        nll = cross_entropy(images, x) / labelled.clamp(min=1)
+        parts = {"cross_entropy": nll, "vq": quantization_loss}
     if perceptual and perceptual_weight:
-        parts["perceptual"] = perceptual(images, x).mean()
+        parts["perceptual"] = perceptual(images, x, unclamped=True).mean()
         nll = nll + perceptual_weight * parts["perceptual"]
     nll = tangent(nll, x, reconstructions)
     loss = nll + quantization_loss
@@ -338,8 +340,7 @@ def score_sums(images: Tensor, reconstructions: Tensor, perceptual: PerceptualLo
     """
     if one_hot:
         right = (reconstructions.argmax(1) == images.argmax(1)) & images.any(1)  # (B, H, W)
-        labelled = images.sum()
-        return torch.stack([cross_entropy(images, reconstructions) * labelled, right.sum(), labelled])
+        return torch.stack([cross_entropy(images, reconstructions), right.sum(), images.sum()])
     l1 = (reconstructions - images).abs().mean((1, 2, 3)).sum()
     lpips = perceptual(images, reconstructions.clamp(-1, 1)).sum() if perceptual else torch.zeros_like(l1)
     return torch.stack([l1, lpips, torch.full_like(l1, len(images))])

@@ -5,12 +5,10 @@ A config is a frozen dataclass of int, float, str and bool fields; trailing comm
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import inspect
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import signal
@@ -108,8 +106,15 @@ def check_betas(config: Any):
 def check_shared_evenly(batch_size: int, world: int, accumulate: int = 1):
     if batch_size % (world * accumulate):
         parts = f", in {accumulate} parts each" if accumulate > 1 else ""
-        raise ValueError(f"batch_size is {batch_size}, which cannot be shared evenly by {world} process(es)"
+        raise flag_error(f"batch_size is {batch_size}, which cannot be shared evenly by {world} process(es)"
                          f"{parts}; choose a multiple of {world * accumulate}")
+
+
+def flag_error(message: str) -> ValueError:
+    """For a mistake in the flags that shows only after they have been read: the script ends with status 2."""
+    error = ValueError(message)
+    error.exit_status = 2
+    return error
 
 
 def learning_rate(config: Any, step: int) -> float:
@@ -204,7 +209,7 @@ def command_line(main: Callable[[], None]):
     except KeyboardInterrupt as error:
         status, message = 130, str(error) or "interrupted; what was written so far is intact"
     except torch.OutOfMemoryError:
-        status, message = 1, "the GPU's memory is too small for this run; lower --batch-size"
+        status, message = 1, "the GPU's memory is too small for this run; --help lists what saves memory"
     except (ValueError, OSError) as error:
         # An error in a worker process arrives with that process's traceback in front of the sentence.
         status, message = getattr(error, "exit_status", 1), str(error).strip().splitlines()[-1]
@@ -243,8 +248,7 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
         raise FileNotFoundError(f"{path} does not exist; {advice}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError,
-            AttributeError) as error:
+    except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path} is damaged, or holds more than numbers, strings and tensors "
                          f"({type(error).__name__}); {advice}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
@@ -252,15 +256,6 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
         origin = f"a checkpoint of train_{found}.py" if found else "of another program"
         raise ValueError(f"{path} is {origin}; {advice}")
     return checkpoint
-
-
-def weights_hash(model_config: dict, weights: dict[str, Tensor]) -> str:
-    """SHA-256 of a network: of its config and of every weight's name and value."""
-    digest = hashlib.sha256(json.dumps(model_config, sort_keys=True).encode())
-    for name, weight in sorted(weights.items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Log:
@@ -294,6 +289,13 @@ class Log:
                 raise ValueError(f"the {name} loss became {value}: go on from the last checkpoint with "
                                  "--resume and a lower --lr")
         return means
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens meanwhile does not count as a step's time."""
+        began = time.perf_counter()
+        yield
+        self.last += time.perf_counter() - began
 
     def elapsed(self) -> str:
         return duration(time.perf_counter() - self.began)

@@ -8,6 +8,8 @@
 Trains the first stage before if there is none. Leaves checkpoint.pt, log.jsonl and pictures (samples) in
 --out. Ctrl-C saves; --resume goes on.
 """
+import hashlib
+import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -131,9 +133,8 @@ def main(argv: list[str] | None = None) -> Path:
     model = DistributedDataParallel(gpt) if world > 1 else gpt
     optimizer = torch.optim.AdamW(parameter_groups(gpt, config.weight_decay), config.lr,
                                   betas=(config.beta1, config.beta2), fused=device.type == "cuda")
-    first_step = 0
+    first_step = checkpoint["step"] if checkpoint else 0
     if checkpoint:
-        first_step = checkpoint["step"]
         gpt.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         run.set_random_state(checkpoint["random"])
@@ -175,11 +176,12 @@ def main(argv: list[str] | None = None) -> Path:
             saving = step % config.checkpoint_every == 0 or last or stop
             if evaluating:
                 picture = config.folder / f"step-{step:06d}.png"
-                scores = {"val": evaluate(gpt, validation_codes, p, config, process), "unigram": unigram}
+                with log.aside():
+                    scores = {"val": evaluate(gpt, validation_codes, p, config, process), "unigram": unigram}
+                    if rank == 0:
+                        samples = sample(gpt, vq, p, (h, w), config, process)
+                        run.save_picture(run.picture_grid(samples, columns=8), picture)
                 scores_text = f" · val {scores['val']:.3f}"
-                if rank == 0:
-                    samples = sample(gpt, vq, p, (h, w), config, process)
-                    run.save_picture(run.picture_grid(samples, columns=8), picture)
             if evaluating or saving or step % config.log_every == 0:
                 means = log.means()
                 text = f"train {means['train']:.3f} nats/token{scores_text} · lr {lr:.1e}"
@@ -218,7 +220,7 @@ def open_first_stage(config: TrainConfig, checkpoint: dict | None, process: run.
         raise ValueError(f"{path} is a first stage of another target ({target}, {channels} channels); "
                          "name one of pictures with --vq")
     first_stage = {key: found[key] for key in ("config", "model_config", "model")}
-    first_stage |= {"path": str(path), "hash": run.weights_hash(found["model_config"], found["model"])}
+    first_stage |= {"path": str(path), "hash": weights_hash(found["model_config"], found["model"])}
     if checkpoint is not None and checkpoint["first_stage"]["hash"] != first_stage["hash"]:
         raise ValueError(
             f"{path} is not the first stage that the run in {config.folder} was trained on; start another "
@@ -235,12 +237,22 @@ def released_first_stage(path: Path) -> dict:
     """What a file of the authors' has in common with a checkpoint of train_vq.py: config and weights.
 
     It does not tell the size of the pictures. 16×16 codes are assumed, which is 256×256 for all of f16.
+    Smaller ones are enlarged, as the authors' data sets do.
     """
     vq = VQ.from_taming(path)
-    config = replace(train_vq.TrainConfig(), data_dir="", image_size=16 * vq.config.downsampling,
-                     **{name: value for name, value in asdict(vq.config).items()
-                        if hasattr(train_vq.TrainConfig, name)})
+    known = {name: value for name, value in asdict(vq.config).items() if hasattr(train_vq.TrainConfig, name)}
+    config = replace(train_vq.TrainConfig(), data_dir="", upscale=True,
+                     image_size=16 * vq.config.downsampling, **known)
     return {"config": asdict(config), "model_config": asdict(vq.config), "model": vq.state_dict()}
+
+
+def weights_hash(model_config: dict, weights: dict[str, Tensor]) -> str:
+    """SHA-256 of a network: of its config and of every weight's name and value."""
+    digest = hashlib.sha256(json.dumps(model_config, sort_keys=True).encode())
+    for name, weight in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def finished(path: Path) -> bool:

@@ -62,7 +62,7 @@ class TrainConfig:
 
     steps: int = 500_000  # training steps; the paper gives none
     batch_size: int = 12  # pictures per step, over all processes, §A.1
-    accumulate: int = 1  # parts of each process's share of them that pass one by one, to save memory
+    accumulate: int = 1  # parts of each process's share, each with its own λ, that pass singly: less memory
     gradient_checkpointing: bool = False  # compute parts again in the backward pass, to save memory
     lr: float = 12 * 4.5e-6  # learning rate, §A.1
     beta1: float = 0.5  # of Adam; this and the next as in the authors' released model
@@ -89,11 +89,10 @@ class TrainConfig:
                            "warmup_steps")
         run.check_at_least(self, -1, "workers")
         run.check_betas(self)
-        if self.codebook_size > 65536:
-            raise ValueError(f"codebook_size is {self.codebook_size}; codes are stored in 16 bits, "
-                             "so it must be at most 65536")
-        if self.segments > data.NO_LABEL:
-            raise ValueError(f"segments is {self.segments}; labels end at 254, so it must be at most 255")
+        for name, most, reason in (("codebook_size", 65536, "codes are stored in 16 bits"),
+                                   ("segments", data.NO_LABEL, "labels end at 254")):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} is {getattr(self, name)}; {reason}, so it must be at most {most}")
         if self.image_size % self.model().downsampling:
             raise ValueError(f"image_size is {self.image_size}, which channel_multipliers "
                              f"{self.channel_multipliers!r} cannot halve evenly; choose a multiple of "
@@ -133,14 +132,12 @@ class TrainConfig:
 
 
 PRESETS = {
-    # 32×32 → 8×8 of 256 codes.
-    "demo": TrainConfig(
+    "demo": TrainConfig(  # 32×32 → 8×8 of 256 codes
         preset="demo", data="scenes", data_dir="data", image_size=32, base_channels=16,
         channel_multipliers="1,2,4", residual_blocks=1, codebook_size=256, code_width=32, restart_every=25,
         perceptual="none", discriminator_weight=0.0, steps=1100, batch_size=8, lr=1e-3, beta1=0.9, beta2=0.99,
         warmup_steps=50, decay=True, log_every=50, eval_every=500, checkpoint_every=250),
-    # §2: "we only downsample once": 32×32 → 16×16 of 1,024 codes.
-    "cifar10": TrainConfig(
+    "cifar10": TrainConfig(  # §2, "we only downsample once": 32×32 → 16×16 of 1,024 codes
         preset="cifar10", data="cifar10", data_dir="data", image_size=32, flip=True, base_channels=64,
         channel_multipliers="1,2", perceptual="none", discriminator_weight=0.0, steps=30_000, batch_size=128,
         lr=3e-4, beta1=0.9, beta2=0.99, warmup_steps=200, decay=True, restart_every=50, eval_every=2500,
@@ -173,9 +170,8 @@ def main(argv: list[str] | None = None) -> Path:
                                  fused=device.type == "cuda")
     adversary = open_adversary(config, vq, process)
     uses = torch.zeros(config.codebook_size, dtype=torch.int64, device=device)  # (K,) recent uses of a code
-    first_step = 0
+    first_step = checkpoint["step"] if checkpoint else 0
     if checkpoint:
-        first_step = checkpoint["step"]
         vq.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         uses.copy_(checkpoint["uses"])
@@ -197,11 +193,11 @@ def main(argv: list[str] | None = None) -> Path:
               f"({config.target}) of {model_config.image_channels}×{config.image_size}×{config.image_size} → "
               f"{side}×{side} of {config.codebook_size} codes · {parameters:,} parameters · {device} · "
               f"{config.folder}", flush=True)
-    log = run.Log(config.folder, process, first_step, config.steps)
     order = data.training_order(len(training), config.batch_size, config.seed, first_step, rank, world)
     batches = data.load(training, order, device, workers, config.target, model_config.image_channels)
     if first_step == 0:
         initialize_codebook(vq, training, config, process)
+    log = run.Log(config.folder, process, first_step, config.steps)
     picture, scores = "nothing was left to do", {}
 
     with run.stop_signal(process) as stopping:
@@ -213,23 +209,24 @@ def main(argv: list[str] | None = None) -> Path:
             trains = adversary if adversary and step >= adversary.trains_from else None
             optimizer.zero_grad(set_to_none=True)
             batch = next(batches)  # (B, C, H, W)
+            labelled = process.total(batch.sum()) / world / config.accumulate if config.one_hot else None
             for images in batch.chunk(config.accumulate):  # (B / accumulate, C, H, W)
                 with process.autocast():
                     reconstructions, codes, quantization_loss = model(images)  # once, for both optimizers
                 reconstructions = reconstructions.float()
                 loss, parts = autoencoder_loss(images, reconstructions, quantization_loss, perceptual,
                                                config.perceptual_weight, heard, vq.decoder[-1].weight,
-                                               config.one_hot)
+                                               labelled)
                 (loss / config.accumulate).backward()
                 if trains:
                     parts |= trains.backward(images, reconstructions, share=1 / config.accumulate)
                 log.add(**parts)
-                uses += torch.bincount(codes.flatten(), minlength=config.codebook_size)
+                uses += process.total(torch.bincount(codes.flatten(), minlength=config.codebook_size))
             optimizer.step()
             if trains:
                 trains.step(lr)
             if config.restart_every and step % config.restart_every == 0:
-                restart_dead_codes(vq, optimizer, process.total(uses), batch, process)
+                restart_dead_codes(vq, optimizer, uses, batch, process)
                 uses.zero_()
 
             last, stop = step == config.steps, stopping()
@@ -237,7 +234,8 @@ def main(argv: list[str] | None = None) -> Path:
             saving = step % config.checkpoint_every == 0 or last or stop
             if evaluating:
                 picture = config.folder / f"step-{step:06d}.png"
-                scores = evaluate(vq, perceptual, validation, config, process, picture)
+                with log.aside():
+                    scores = evaluate(vq, perceptual, validation, config, process, picture)
             if evaluating or saving or step % config.log_every == 0:
                 means = log.means()
                 text = status_text(means, scores, config.codebook_size)
@@ -266,8 +264,8 @@ def input_channels(config: TrainConfig, training, validation) -> int:
 
 def open_perceptual_loss(config: TrainConfig, process: run.Process) -> PerceptualLoss | None:
     if config.perceptual == "none" and config.perceptual_weights:
-        raise ValueError("perceptual_weights names a file but perceptual is 'none'; "
-                         "add --perceptual vgg16 or alexnet, whichever it is for")
+        raise run.flag_error("perceptual_weights names a file but perceptual is 'none'; "
+                             "add --perceptual vgg16 or alexnet, whichever it is for")
     if not config.perceives:
         return None
     if process.rank > 0:
@@ -312,14 +310,15 @@ def initialize_codebook(vq: VQ, training, config: TrainConfig, process: run.Proc
         torch.distributed.broadcast(vq.quantizer.codebook.data, src=0)
 
 
+@torch.no_grad()
 def restart_dead_codes(vq: VQ, optimizer: torch.optim.Optimizer, uses: Tensor, images: Tensor,
                        process: run.Process):
     """Give codes that no picture used lately, uses (K,) == 0, another start, without the old momentum."""
-    dead = uses == 0  # (K,)
+    dead, codebook = uses == 0, vq.quantizer.codebook  # (K,) and (K, D)
     if dead.any():
-        codebook = vq.quantizer.codebook
-        with torch.no_grad():
-            vq.quantizer.restart(dead, as_vectors(vq.latents(images)))
+        vectors = as_vectors(vq.latents(images))  # (N, D)
+        if vectors.isfinite().all():  # else the run has diverged, and its log says so
+            vq.quantizer.restart(dead, vectors)
         if process.world > 1:
             torch.distributed.broadcast(codebook.data, src=0)
         for moment in ("exp_avg", "exp_avg_sq"):

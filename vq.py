@@ -3,7 +3,7 @@
     images (B, C, H, W) → encoder → latents (B, D, h, w) → nearest of K codes → decoder → images (B, C, H, W)
 
 The paper's network takes 256×256×3 to 16×16×256 with 1,024 codes; for CIFAR-10 it halves the picture once,
-32×32 to 16×16. Images are float32 in [−1, 1].
+32×32 to 16×16. Images are float32 in [−1, 1]; masks come as one-hot channels, and back as logits.
 
 Symbols: B batch, C channels, H×W pixels, h×w code grid, K codes, D code width, N = B·h·w vectors.
 """

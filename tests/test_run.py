@@ -10,6 +10,7 @@ import torch
 import run
 import train_gpt
 import train_vq
+from train_gpt import weights_hash
 
 DEMO = train_gpt.PRESETS["demo"]
 ALONE = run.Process(torch.device("cpu"), 0, 1)
@@ -80,6 +81,19 @@ def test_a_resumed_log_drops_the_lines_after_its_checkpoint_and_a_torn_one(tmp_p
     assert [(line["step"], line["train"]) for line in logged] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
+def test_an_evaluation_is_no_part_of_a_steps_time(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    log = run.Log(tmp_path, ALONE, 0, 9)
+    for step in (2, 4):
+        clock[0] += 3
+        with log.aside():
+            clock[0] += 100
+        log.line(step, "", {}, "tokens", 6)
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["ms_per_step"], line["tokens_per_s"]) for line in logged] == [(1500, 4)] * 2
+
+
 def test_logged_values_are_means_since_the_last_line(tmp_path):
     log = run.Log(tmp_path, ALONE, 0, 9)
     for value in (1.0, 2.0, 6.0):
@@ -94,10 +108,10 @@ def test_the_hash_of_a_network_changes_with_any_weight_name_or_size():
     weights = {"a": torch.arange(4.0), "b": torch.ones(2)}
     moved = weights | {"b": torch.tensor([1.0, 1.0001])}
     renamed = {"a": torch.arange(4.0), "c": torch.ones(2)}
-    hashes = {run.weights_hash({"K": 1}, each) for each in (weights, moved, renamed)}
-    hashes.add(run.weights_hash({"K": 2}, weights))
+    hashes = {weights_hash({"K": 1}, each) for each in (weights, moved, renamed)}
+    hashes.add(weights_hash({"K": 2}, weights))
     assert len(hashes) == 4
-    assert run.weights_hash({"K": 1}, dict(reversed(weights.items()))) in hashes
+    assert weights_hash({"K": 1}, dict(reversed(weights.items()))) in hashes
 
 
 def test_a_restarted_code_loses_its_momentum_and_no_other_does():

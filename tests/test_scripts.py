@@ -163,7 +163,7 @@ def test_a_checkpoint_holds_numbers_strings_tensors_and_the_first_stage(first_st
     assert checkpoint["provenance"]["torch"] == torch.__version__
     vq = torch.load(first_stage, weights_only=True)
     assert checkpoint["first_stage"]["path"] == str(first_stage)
-    assert checkpoint["first_stage"]["hash"] == run.weights_hash(vq["model_config"], vq["model"])
+    assert checkpoint["first_stage"]["hash"] == train_gpt.weights_hash(vq["model_config"], vq["model"])
     copies = checkpoint["first_stage"]["model"]
     assert all(torch.equal(vq["model"][name], weight) for name, weight in copies.items())
 
@@ -401,11 +401,14 @@ def test_a_default_first_stage_of_other_pictures_is_refused(
     assert code == 1 and f"was trained on {pictures}, not on mine: name it with --vq" in errors
 
 
+@pytest.mark.parametrize("script, loss", [("train_vq.py", "l1"), ("train_gpt.py", "train")])
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
-        pictures, first_stage, tmp_path, monkeypatch, capsys):
-    flags = [*gpt_flags(pictures, first_stage, tmp_path), "--steps", "30", "--checkpoint-every", "1"]
-    code, _, errors = shell("train_gpt.py", [*flags, "--lr", "1e30"], monkeypatch, capsys)
-    assert code == 1 and re.search(r"the train loss became (nan|inf): ", errors)
+        script, loss, pictures, first_stage, tmp_path, monkeypatch, capsys):
+    flags = (vq_flags(pictures, tmp_path) + ["--restart-every", "1"] if script == "train_vq.py" else
+             gpt_flags(pictures, first_stage, tmp_path))
+    flags += ["--steps", "30", "--checkpoint-every", "1", "--lr", "1e30"]
+    code, _, errors = shell(script, flags, monkeypatch, capsys)
+    assert code == 1 and re.search(rf"the {loss} loss became (nan|inf): ", errors)
     model = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
     assert all(weight.isfinite().all() for weight in model.values())
 

@@ -616,12 +616,13 @@ def test_their_files_are_told_from_ours_by_content(tmp_path):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """Four training and two validation pictures of 32×32."""
+    """Four training and two validation pictures of 32×32, one of them half as large."""
     folder = tmp_path_factory.mktemp("pictures")
     for split, count in (("train", 4), ("val", 2)):
         (folder / split).mkdir()
         for i, pixels in enumerate(run.to_pixels(picture(count, 32, seed=count))):
             Image.fromarray(pixels).save(folder / split / f"{i}.png")
+    Image.new("RGB", (16, 16)).save(folder / "train" / "0.png")  # is enlarged
     return folder
 
 
@@ -636,7 +637,7 @@ def test_a_gpt_trains_on_a_first_stage_of_theirs_and_keeps_it(pictures, tmp_path
     first_stage, vq = checkpoint["first_stage"], VQ.from_taming(path)
     assert set(first_stage) == {"config", "model_config", "model", "path", "hash"}
     assert first_stage["path"] == str(path) and VQConfig(**first_stage["model_config"]) == vq.config
-    assert first_stage["hash"] == run.weights_hash(dataclasses.asdict(vq.config), vq.state_dict())
+    assert first_stage["hash"] == train_gpt.weights_hash(dataclasses.asdict(vq.config), vq.state_dict())
     assert (checkpoint["grid"], first_stage["config"]["codebook_size"]) == ([16, 16], 20)
     images = picture(2, 32, seed=2).mul(127.5).add(127.5).round() / 127.5 - 1  # as the files hold them
     caches = [np.load(file) for file in (tmp_path / "codes").glob("*.npy")]

@@ -163,9 +163,9 @@ def test_the_autoencoder_runs_once_a_step_and_the_discriminator_three_times(fold
     def counting(network, name):
         forward = network.forward
 
-        def counted(*arguments):
+        def counted(*arguments, **options):
             calls[name] += torch.is_grad_enabled()
-            return forward(*arguments)
+            return forward(*arguments, **options)
         monkeypatch.setattr(network, "forward", counted)
 
     counting(train_vq.VQ, "autoencoder")
@@ -191,13 +191,13 @@ def test_each_loss_gets_what_it_asks_for(folder, tmp_path, monkeypatch):
     found = train_vq.main([*flags(folder, tmp_path), "--steps", "2", "--discriminator-start", "0", "--lr",
                            "1e-4", "--warmup-steps", "4", "--beta1", "0.3", "--beta2", "0.7"])
     for step, (autoencoders, discriminators) in enumerate(zip(of_autoencoder, of_discriminator)):
-        images, reconstructions, *_, last_layer, one_hot = autoencoders
+        images, reconstructions, *_, last_layer, labelled = autoencoders
         _, real, fake = discriminators
         _, lr = rates[step]
         levels = (images + 1) * 127.5
         assert torch.allclose(levels, levels.round(), atol=1e-3) and not reconstructions.equal(images)
         assert real is images and fake is reconstructions and last_layer.shape == (3, 8, 3, 3)
-        assert not one_hot
+        assert labelled is None
         assert lr == pytest.approx(1e-4 * (step + 1) / 4)
     adversary = torch.load(found, weights_only=True)["adversary"]
     assert adversary["optimizer"]["param_groups"][0]["betas"] == (0.3, 0.7)
@@ -241,6 +241,30 @@ def test_a_batch_in_parts_trains_as_in_one_piece(folder, tmp_path, monkeypatch):
             assert after[name] == pytest.approx(before[name], rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def half_void(tmp_path_factory) -> Path:
+    """Eight masks of two labels for training, every second one all but empty, and two for validation."""
+    folder, random = tmp_path_factory.mktemp("masks"), np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 2)):
+        (folder / split / "segmentation").mkdir(parents=True)
+        for i in range(count):
+            labels = (random.random((4, 4)) < 0.5).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+            labels[2 + 30 * (i % 2 == 0):] = 255
+            Image.fromarray(labels).save(folder / split / "segmentation" / f"{i}.png")
+    return folder
+
+
+def test_a_label_counts_as_much_in_each_part_however_many_a_part_has(half_void, tmp_path):
+    whole, parts = (train_vq.main([*flags(half_void, tmp_path / n, False, False), "--steps", "2", "--target",
+                                   "segmentation", "--accumulate", n]) for n in ("1", "4"))
+    one, two = (torch.load(path, weights_only=True)["optimizer"]["state"] for path in (whole, parts))
+    for i, before in one.items():
+        before, after = before["exp_avg"], two[i]["exp_avg"]
+        assert torch.allclose(before, after, rtol=1e-2, atol=1e-2 * before.abs().max().item()), i
+    for before, after in zip(log_of(whole), log_of(parts)):
+        assert after["cross_entropy"] == pytest.approx(before["cross_entropy"], rel=1e-3)
+
+
 def test_each_part_has_its_share_of_the_discriminators_step(folder, tmp_path, monkeypatch):
     backward, shares = losses.Adversary.backward, []
     monkeypatch.setattr(losses.Adversary, "backward", lambda self, images, fakes, share: (
@@ -278,6 +302,18 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(folder, tmp_path,
             vq(torch.rand(8, 3, 32, 32))
         kept[on] = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
     assert kept[True] < 0.6 * kept[False]
+
+
+def test_every_target_trains_in_bfloat16_too(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.Process, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
+    for target in ("image", "segmentation", "depth"):
+        arguments = [*flags(folder, tmp_path / target), "--data", "scenes", "--target", target, "--steps", "8"]
+        monkeypatch.setitem(data.SCENES, "val", 4)
+        checkpoint = torch.load(train_vq.main(arguments), weights_only=True)
+        assert all(weight.dtype == torch.float32 for weight in checkpoint["model"].values())
+        losses = [line["cross_entropy" if target == "segmentation" else "l1"]
+                  for line in log_of(tmp_path / target / "checkpoint.pt")]
+        assert losses[-1] < losses[0]
 
 
 # What is coded
@@ -514,7 +550,7 @@ def test_mistakes_end_in_a_sentence_and_leave_nothing(folder, tmp_path, monkeypa
         ([*alexnet, "--perceptual-weights", str(tmp_path / "none.pth")], 1, "none.pth does not"),
         ([*alexnet, "--perceptual-weights", str(bad)], 1, "bad.pth is damaged"),
         (["--perceptual", "vgg16", *named], 1, "cannot be the LPIPS weights of vgg16"),
-        (named, 1, "perceptual_weights names a file but perceptual is 'none'; add --perceptual vgg16"),
+        (named, 2, "perceptual_weights names a file but perceptual is 'none'; add --perceptual vgg16"),
         (["--perceptual", "vgg19"], 2, "perceptual is 'vgg19'; choose one of none, vgg16, alexnet"),
         ([*alexnet, *named, "--image-size", "30"], 2, "image_size is 30, too small .* 31"),
         (["--discriminator-weight", "0.8", "--image-size", "22"], 2, "image_size is 22, too small .* 24"),
@@ -524,7 +560,7 @@ def test_mistakes_end_in_a_sentence_and_leave_nothing(folder, tmp_path, monkeypa
         (["--discriminator-warmup", "-1"], 2, "discriminator_warmup is -1.0; it must be at least 0"),
         (["--perceptual-weight", "-1"], 2, "perceptual_weight is -1.0; it must be at least 0"),
         (["--accumulate", "0"], 2, "accumulate is 0; it must be at least 1"),
-        (["--accumulate", "3"], 1, r"4, which cannot be shared evenly by 1 process\(es\), in 3 parts each; .* 3"),
+        (["--accumulate", "3"], 2, r"4, which cannot be shared evenly by 1 process\(es\), in 3 parts each; .* 3"),
         (["--target", "normals"], 2, "'normals'; it has image, segmentation, depth, pose"),
         (["--target", "depth", "--data", "cifar10"], 2, "cifar10 has no 'depth'; it has image"),
         (["--target", "depth"], 1, "depth is no folder; depth files are expected there"),
@@ -581,13 +617,15 @@ def test_two_processes_agree_and_compute_what_one_does(unnormalized, folder, tmp
     models = []
     for name, launcher in (("one", []), ("two", torchrun))[not unnormalized:]:
         command = [sys.executable, *launcher, str(tmp_path / "worker.py"), *flags(folder, tmp_path / name),
-                   "--steps", "8", "--restart-every", "0", "--discriminator-start", "0.25",
-                   *([] if unnormalized else ["--accumulate", "2"])]  # λ is that of each part
+                   "--steps", "8", "--discriminator-start", "0.25",  # below: λ is that of each part
+                   *(["--restart-every", "0"] if unnormalized else ["--restart-every", "3", "--accumulate", "2"])]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("replicas agree") == (2 if launcher else 0)
         checkpoint = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+        since_restart = 8 if unnormalized else 2  # steps; the uses are those of both processes
+        assert checkpoint["uses"].sum() == since_restart * 4 * 16 * 16
         models.append(checkpoint["model"] | checkpoint["adversary"]["discriminator"])
     if unnormalized:
         for name, weight in models[0].items():

@@ -65,7 +65,7 @@ class Step:
         if forward_passes == 2:
             with torch.no_grad():  # in the authors' loop too, the other optimizer's weights are frozen here
                 reconstructions, _ = self.autoencode()
-                self.perceptual(self.images, reconstructions)
+                self.perceptual(self.images, reconstructions, unclamped=True)
         self.adversary.backward(self.images, reconstructions, share=1.0)
         self.adversary.step(self.config.lr)
         self.synchronize()
