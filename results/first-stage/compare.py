@@ -1,9 +1,10 @@
-"""Tables and pictures of losses.sh: three first stages that differ in nothing but their losses.
+"""Tables and pictures of losses.sh: four first stages that differ in nothing but their losses.
 
     python results/first-stage/compare.py DIR LPIPS.pth    DIR holds cifar-10-batches-bin; AlexNet's weights
 
-L1 and LPIPS by VGG16, which two of them were trained with, come from the logs; LPIPS by AlexNet, which none has
-seen, is computed here over the 10,000 test pictures. Writes reconstructions.png and curves.png beside itself.
+L1 and LPIPS by VGG16, which three of them were trained with, come from the logs. Computed here over the 10,000 test
+pictures: LPIPS by AlexNet, which none has seen, and sharpness, the mean difference between neighbouring pixels
+as a share of the originals'. Writes reconstructions.png, curves.png and copies of the logs beside itself.
 """
 import argparse
 import json
@@ -21,7 +22,9 @@ import run
 from losses import PerceptualLoss
 from vq import VQ, VQConfig
 
-RUNS = {"l1": ("L1", "black"), "lpips": ("L1 + LPIPS", "blue"), "gan": ("L1 + LPIPS + discriminator", "red")}
+RUNS = {"l1": ("L1", "black"), "lpips": ("L1 + LPIPS", "blue"),
+        "gan-0.1": ("L1 + LPIPS + 0.1 discriminator", "red"),
+        "gan-0.8": ("L1 + LPIPS + 0.8 discriminator", "magenta")}
 WIDTH, HEIGHT, MARGIN = 420, 240, 44
 
 
@@ -54,6 +57,11 @@ def curve(lines: list[dict], name: str, colour: str) -> tuple[list[float], list[
     return [line["step"] for line in lines], [line[name] for line in lines], colour
 
 
+def contrast(images: torch.Tensor) -> float:
+    """Of pictures (B, C, H, W): sum of the differences between neighbouring pixels."""
+    return sum(images.diff(dim=side).abs().sum().item() for side in (2, 3))
+
+
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,7 +75,7 @@ def main():
         return data.load(validation, data.fixed_order(len(validation), 100), torch.device("cpu"), 0)
 
     shown, logs = [next(batches())[:10]], {}
-    print("| losses | L1 | LPIPS, VGG16 | LPIPS, AlexNet | codes in use | ms/step |\n|---|---|---|---|---|---|")
+    print("| losses | step | L1 | LPIPS, VGG16 | LPIPS, AlexNet | sharpness | codes in use |\n" + "|---" * 7 + "|")
     for name, (title, _) in RUNS.items():
         path = Path(f"runs/vq-cifar10-{name}")
         checkpoint = run.load_checkpoint(path / "checkpoint.pt", "vq")
@@ -75,27 +83,28 @@ def main():
         vq.load_state_dict(checkpoint["model"])
         logs[name] = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
         (HERE / f"{name}.jsonl").write_text((path / "log.jsonl").read_text())
-        lpips = sum(alexnet(images, vq(images)[0].clamp(-1, 1)).sum().item() for images in batches())
-        shown.append(vq(shown[0])[0])
+        pairs = [(images, vq(images)[0].clamp(-1, 1)) for images in batches()]
+        lpips = sum(alexnet(*pair).sum().item() for pair in pairs) / len(validation)
+        sharpness = sum(contrast(x) for _, x in pairs) / sum(contrast(images) for images, _ in pairs)
+        shown.append(pairs[0][1][:10])
         for line in logs[name]:
             if "val_l1" in line:
-                last = line is logs[name][-1]
-                alex = f"{lpips / len(validation):.4f}" if last else ""
-                print(f"| {title}, step {line['step']} | {line['val_l1']:.4f} | {line['val_lpips']:.4f} | {alex} "
-                      f"| {line['codes_used']} | {logs[name][-2]['ms_per_step']:.0f} |")
+                known = f"{lpips:.4f} | {sharpness:.3f}" if line is logs[name][-1] else " | "
+                print(f"| {title} | {line['step']:,} | {line['val_l1']:.4f} | {line['val_lpips']:.4f} | {known} "
+                      f"| {line['codes_used']:,} |")
     run.save_picture(run.picture_grid(torch.cat(shown), columns=10), HERE / "reconstructions.png")
 
-    heard = next(line["step"] for line in logs["gan"] if "lambda" in line)
-    both = [(logs[name], colour) for name, (_, colour) in RUNS.items()]
-    panels = [chart("train L1: L1 black, + LPIPS blue, + discriminator red",
-                    [curve(log, "l1", colour) for log, colour in both], heard),
+    _, heard = checkpoint["adversary"]["steps"]
+    each = [(logs[name], colour) for name, (_, colour) in RUNS.items()]
+    panels = [chart("train L1: L1 black, + LPIPS blue, + discriminator 0.1 red, 0.8 magenta",
+                    [curve(log, "l1", colour) for log, colour in each], heard),
               chart("train LPIPS, VGG16",
-                    [curve(log, "perceptual", colour) for log, colour in both[1:]], heard),
-              chart("mean logits of the discriminator: real green, reconstructed orange",
-                    [curve(logs["gan"], "logits_real", "green"), curve(logs["gan"], "logits_fake", "orange")],
-                    heard),
-              chart("adaptive weight of the discriminator's gradient",
-                    [curve(logs["gan"], "lambda", "red")], heard)]
+                    [curve(log, "perceptual", colour) for log, colour in each[1:]], heard),
+              chart("mean logits of the discriminators: real above, reconstructed below",
+                    [curve(log, name, colour) for log, colour in each[2:]
+                     for name in ("logits_real", "logits_fake")], heard),
+              chart("adaptive weight of the discriminators' gradients",
+                    [curve(log, "lambda", colour) for log, colour in each[2:]], heard)]
     picture = Image.new("RGB", (2 * WIDTH, 2 * HEIGHT), "white")
     for i, panel in enumerate(panels):
         picture.paste(panel, (i % 2 * WIDTH, i // 2 * HEIGHT))
