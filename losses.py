@@ -3,7 +3,8 @@
     nll = |x − x̂| + LPIPS(x, x̂)      g = −mean D(x̂)      λ = ‖∇nll‖ / (‖∇g‖ + 1e-4)
     the autoencoder minimizes nll + quantization loss + 0.8·λ·g, the discriminator D the hinge loss
 
-The paper refers to a VQGAN's losses; the numbers here are those of the authors' released model.
+The paper refers to a VQGAN's losses; the numbers here are those of the authors' released model. Unlike there,
+D trains a little before the autoencoder hears it, and gains its weight little by little.
 
 Symbols: B batch, C channels, H×W pixels, h'×w' patches.
 """
@@ -237,13 +238,18 @@ def adaptive_weight(nll: Tensor, generator: Tensor, last_layer: Tensor, world: i
 
 
 class Adversary:
-    """The discriminator, its weight, its Adam, and the steps from which it trains and is heard."""
+    """The discriminator, its Adam, its weight, and the steps from which it trains, is heard, has it all."""
 
     def __init__(self, discriminator: PatchDiscriminator, weight: float, betas: tuple[float, float],
-                 steps: tuple[int, int], world: int = 1):
+                 steps: tuple[int, int, int], world: int = 1):
         self.discriminator, self.weight, self.world = discriminator, weight, world
-        self.trains_from, self.heard_from = steps
+        self.trains_from, self.heard_from, self.full_from = steps
         self.optimizer = torch.optim.Adam(discriminator.parameters(), betas=betas)
+
+    def weight_at(self, step: int) -> float:
+        """0 until it is heard, then evenly more: at once, the two would chase each other off the pictures."""
+        share = (step - self.heard_from + 1) / (self.full_from - self.heard_from + 1)
+        return self.weight * min(max(share, 0.0), 1.0)
 
     def generator_loss(self, reconstructions: Tensor) -> Tensor:
         """−mean D(x̂), scalar: its gradient passes through the discriminator and leaves nothing there."""
@@ -280,14 +286,17 @@ class Adversary:
 
     def state_dict(self) -> dict:
         return {"discriminator": self.discriminator.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "steps": [self.trains_from, self.heard_from]}
+                "steps": [self.trains_from, self.heard_from, self.full_from]}
 
     def load_state_dict(self, state: dict, step: int):
         """Go on after `step`. A longer run's schedule is later; but what has begun does not stop again."""
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.trains_from, self.heard_from = (before if before <= step else now for before, now in zip(
-            state["steps"], (self.trains_from, self.heard_from)))
+        trains_from, heard_from, full_from = state["steps"]
+        if trains_from <= step:
+            self.trains_from = trains_from
+        if heard_from <= step:
+            self.heard_from, self.full_from = heard_from, full_from
 
 
 def cross_entropy(one_hot: Tensor, logits: Tensor) -> Tensor:
@@ -297,8 +306,9 @@ def cross_entropy(one_hot: Tensor, logits: Tensor) -> Tensor:
 
 def autoencoder_loss(images: Tensor, reconstructions: Tensor, quantization_loss: Tensor,
                      perceptual: PerceptualLoss | None, perceptual_weight: float, adversary: Adversary | None,
-                     last_layer: Tensor, labelled: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the autoencoder minimizes, and its parts for the log, all scalar; None leaves a part out.
+                     adversarial_weight: float, last_layer: Tensor,
+                     labelled: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the autoencoder minimizes, and its parts for the log, all scalar; None or 0 leaves a part out.
 
     Of images and reconstructions (B, C, H, W), or of masks and their logits: then `labelled` is the number of
     pixels that have a label, in the mean over the parts of a step. `last_layer` is the decoder's last weight.
@@ -315,10 +325,10 @@ def autoencoder_loss(images: Tensor, reconstructions: Tensor, quantization_loss:
         nll = nll + perceptual_weight * parts["perceptual"]
     nll = tangent(nll, x, reconstructions)
     loss = nll + quantization_loss
-    if adversary:
+    if adversary and adversarial_weight:
         generator_loss = tangent(adversary.generator_loss(x), x, reconstructions)
         parts["lambda"] = adaptive_weight(nll, generator_loss, last_layer, adversary.world)
-        loss = loss + adversary.weight * parts["lambda"] * generator_loss
+        loss = loss + adversarial_weight * parts["lambda"] * generator_loss
     return loss, parts
 
 

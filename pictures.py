@@ -84,7 +84,7 @@ def open_array(path: Path) -> ndarray:
         if array.dtype.kind not in "biuf":
             raise ValueError(f"of {array.dtype}, not of numbers")
         return array
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path} cannot be read as an array ({error}): remove or replace it") from None
 
 

@@ -33,8 +33,9 @@ GPT_NAMES = {"token_embedding.weight": "tok_emb.weight", "position_embedding.wei
              "norm.": "ln_f.", ".norm_1.": ".ln1.", ".norm_2.": ".ln2.", ".attention.out.": ".attn.proj."}
 # What the trainer's objects are called. Any other name ends the reading.
 TRAINER = re.compile(
-    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|taming|numpy|collections|typing|argparse"
-    r"|pathlib|datetime)\..+|builtins\.(bool|dict|float|frozenset|int|list|object|range|slice|str|tuple)")
+    r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities|torchmetrics|fsspec|omegaconf|taming"
+    r"|numpy|collections|typing|argparse|pathlib|datetime|enum|uuid|torch\.optim|torch\.nn)\..+"
+    r"|builtins\.(bool|bytes|dict|float|frozenset|int|list|object|range|slice|str|tuple)")
 
 
 class StandIn:
@@ -55,7 +56,7 @@ class StandInDict:
 
 
 def recognizes(path: str | Path) -> bool:
-    """Whether a file is to be read as taming's: its dict has a "state_dict", and no "kind" as ours have.
+    """Whether a file is to be read as taming's: it has a "state_dict", and not our "kind" and "model_config".
 
     Its pickle is only disassembled, and a file that cannot be is none: whoever reads it next says why.
     """
@@ -65,7 +66,7 @@ def recognizes(path: str | Path) -> bool:
             words = {argument for _, argument, _ in pickletools.genops(file.read(pickled))}
     except Exception:  # damaged bytes can raise anything
         return False
-    return "state_dict" in words and "kind" not in words
+    return "state_dict" in words and not {"kind", "model_config"} <= words
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
@@ -89,13 +90,16 @@ def read(path: str | Path) -> dict[str, Tensor]:
     if refused:
         raise ValueError(f"{path} was not opened: it calls for {refused[0]}, which no file of "
                          "taming-transformers does; nothing in it was run")
-    weights = found.get("state_dict") if isinstance(found, dict) else None
-    if not isinstance(weights, dict) or not weights:
+    # The methods of dict and Tensor themselves: a file can give its objects others.
+    weights = dict.get(found, "state_dict") if isinstance(found, dict) else None
+    if not isinstance(weights, dict) or not dict.__len__(weights):
         raise ValueError(f'{path} has no "state_dict": it is not a file of taming-transformers')
-    for key, weight in weights.items():
-        if not isinstance(key, str) or not isinstance(weight, Tensor):
+    for key, weight in dict.items(weights):
+        if (not isinstance(key, str) or type(weight) not in (Tensor, torch.nn.Parameter)
+                or weight.layout != torch.strided or weight.device.type != "cpu" or weight.is_quantized
+                or weight.is_complex()):
             raise ValueError(f"{path} has {key!r} in its state_dict, which is not a tensor with a name")
-    return dict(weights)
+    return {key: Tensor.detach(weight) for key, weight in dict.items(weights)}
 
 
 def network(path: str | Path, group: str) -> dict[str, Tensor]:
@@ -155,6 +159,10 @@ def gpt_sizes(path: str | Path, n_head: int = 0) -> dict:
     vocab_size, n_embd = shape(weights, "tok_emb.weight", 2, what)
     block_size = shape(weights, "pos_emb", 3, what)[1]
     n_layer = count(weights, LAYERS)
+    for key, mask in read(path).items():
+        if key.endswith(".attn.mask") and (mask.ndim < 2 or not mask.equal(torch.ones_like(mask).tril())):
+            raise ValueError(f"{path} has a {key} that is not causal (n_unmasked); only causal transformers "
+                             "can be read")
     if n_head == 0 and n_embd % 64:
         raise ValueError(f"{path} has a transformer {n_embd} wide, which heads 64 wide do not divide; "
                          "name their number, n_head")

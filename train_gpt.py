@@ -241,8 +241,7 @@ def released_first_stage(path: Path) -> dict:
     """
     vq = VQ.from_taming(path)
     known = {name: value for name, value in asdict(vq.config).items() if hasattr(train_vq.TrainConfig, name)}
-    config = replace(train_vq.TrainConfig(), data_dir="", upscale=True,
-                     image_size=16 * vq.config.downsampling, **known)
+    config = replace(train_vq.TrainConfig(), data_dir="", image_size=16 * vq.config.downsampling, **known)
     return {"config": asdict(config), "model_config": asdict(vq.config), "model": vq.state_dict()}
 
 

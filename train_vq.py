@@ -41,7 +41,7 @@ class TrainConfig:
     void_label: int = 255  # in the masks: pixels that have no label (255 always means that, too)
     image_size: int = 256  # pixels along each side, §2
     flip: bool = False  # mirror half of the training pictures
-    upscale: bool = False  # enlarge pictures that are smaller than image_size instead of refusing them
+    upscale: bool = True  # enlarge pictures that are smaller than image_size instead of refusing them
     workers: int = -1  # processes that prepare pictures; -1: as many as help
 
     base_channels: int = VQConfig.base_channels  # channels of the network at full resolution
@@ -58,6 +58,7 @@ class TrainConfig:
     discriminator_weight: float = 0.8  # of its gradient beside that of L1 + LPIPS; 0: none, as for masks
     discriminator_start: float = 0.5  # share of the steps after which the autoencoder hears it; 1: never
     discriminator_warmup: float = 0.02  # share of the steps, before its start, in which it trains unheard
+    discriminator_ramp: float = 0.1  # share of the steps, from its start on, over which its weight grows
     discriminator_layers: int = 3  # its depth: 3 judges patches of 70×70 pixels, 2 of 34×34, 1 of 16×16
 
     steps: int = 500_000  # training steps; the paper gives none
@@ -85,8 +86,8 @@ class TrainConfig:
         run.check_at_least(self, 1, "image_size", "discriminator_layers", "steps", "batch_size", "accumulate",
                            "log_every", "eval_every", "checkpoint_every")
         run.check_at_least(self, 0, "seed", "segments", "void_label", "restart_every", "perceptual_weight",
-                           "discriminator_weight", "discriminator_start", "discriminator_warmup", "lr",
-                           "warmup_steps")
+                           "discriminator_weight", "discriminator_start", "discriminator_warmup",
+                           "discriminator_ramp", "lr", "warmup_steps")
         run.check_at_least(self, -1, "workers")
         run.check_betas(self)
         for name, most, reason in (("codebook_size", 65536, "codes are stored in 16 bits"),
@@ -116,10 +117,11 @@ class TrainConfig:
         return self.discriminator_weight > 0 and self.discriminator_start < 1 and not self.one_hot
 
     @property
-    def discriminator_steps(self) -> tuple[int, int]:
-        """The first step in which the discriminator trains, and the first in which it is heard."""
-        early = max(0.0, self.discriminator_start - self.discriminator_warmup)
-        return round(early * self.steps) + 1, round(self.discriminator_start * self.steps) + 1
+    def discriminator_steps(self) -> tuple[int, int, int]:
+        """The first steps in which the discriminator trains, in which it is heard, and at its full weight."""
+        start = self.discriminator_start
+        shares = (max(0.0, start - self.discriminator_warmup), start, start + self.discriminator_ramp)
+        return tuple(round(share * self.steps) + 1 for share in shares)
 
     @property
     def folder(self) -> Path:
@@ -133,15 +135,15 @@ class TrainConfig:
 
 PRESETS = {
     "demo": TrainConfig(  # 32×32 → 8×8 of 256 codes
-        preset="demo", data="scenes", data_dir="data", image_size=32, base_channels=16,
+        preset="demo", data="scenes", data_dir="data", image_size=32, upscale=False, base_channels=16,
         channel_multipliers="1,2,4", residual_blocks=1, codebook_size=256, code_width=32, restart_every=25,
         perceptual="none", discriminator_weight=0.0, steps=1100, batch_size=8, lr=1e-3, beta1=0.9, beta2=0.99,
         warmup_steps=50, decay=True, log_every=50, eval_every=500, checkpoint_every=250),
     "cifar10": TrainConfig(  # §2, "we only downsample once": 32×32 → 16×16 of 1,024 codes
-        preset="cifar10", data="cifar10", data_dir="data", image_size=32, flip=True, base_channels=64,
-        channel_multipliers="1,2", perceptual="none", discriminator_weight=0.0, steps=30_000, batch_size=128,
-        lr=3e-4, beta1=0.9, beta2=0.99, warmup_steps=200, decay=True, restart_every=50, eval_every=2500,
-        checkpoint_every=1000),
+        preset="cifar10", data="cifar10", data_dir="data", image_size=32, flip=True, upscale=False,
+        base_channels=64, channel_multipliers="1,2", perceptual="none", discriminator_weight=0.0,
+        steps=30_000, batch_size=128, lr=3e-4, beta1=0.9, beta2=0.99, warmup_steps=200, decay=True,
+        restart_every=50, eval_every=2500, checkpoint_every=1000),
     "paper": TrainConfig(),
 }
 
@@ -205,7 +207,7 @@ def main(argv: list[str] | None = None) -> Path:
             lr = run.learning_rate(config, step - 1)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            heard = adversary if adversary and step >= adversary.heard_from else None
+            adversarial_weight = adversary.weight_at(step) if adversary else 0.0
             trains = adversary if adversary and step >= adversary.trains_from else None
             optimizer.zero_grad(set_to_none=True)
             batch = next(batches)  # (B, C, H, W)
@@ -215,8 +217,8 @@ def main(argv: list[str] | None = None) -> Path:
                     reconstructions, codes, quantization_loss = model(images)  # once, for both optimizers
                 reconstructions = reconstructions.float()
                 loss, parts = autoencoder_loss(images, reconstructions, quantization_loss, perceptual,
-                                               config.perceptual_weight, heard, vq.decoder[-1].weight,
-                                               labelled)
+                                               config.perceptual_weight, adversary, adversarial_weight,
+                                               vq.decoder[-1].weight, labelled)
                 (loss / config.accumulate).backward()
                 if trains:
                     parts |= trains.backward(images, reconstructions, share=1 / config.accumulate)
@@ -225,9 +227,6 @@ def main(argv: list[str] | None = None) -> Path:
             optimizer.step()
             if trains:
                 trains.step(lr)
-            if config.restart_every and step % config.restart_every == 0:
-                restart_dead_codes(vq, optimizer, uses, batch, process)
-                uses.zero_()
 
             last, stop = step == config.steps, stopping()
             evaluating = step % config.eval_every == 0 or last
@@ -241,6 +240,9 @@ def main(argv: list[str] | None = None) -> Path:
                 text = status_text(means, scores, config.codebook_size)
                 numbers = means | {"lr": lr} | (scores if evaluating else {})
                 log.line(step, f"{text} · lr {lr:.1e}", numbers, "images", config.batch_size)
+            if config.restart_every and step % config.restart_every == 0 and not last:
+                restart_dead_codes(vq, optimizer, uses, batch, process)
+                uses.zero_()
             if saving:
                 save(step)
             if stop and not last:
@@ -357,9 +359,8 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
         use = run.picture_grid(colours_of_use(counts), math.ceil(math.sqrt(len(counts))), side=12)
         run.save_picture(use, picture.with_name(f"{picture.stem}-codes.png"))
         if used < 0.05 * min(len(counts), int(counts.sum())):
-            print(f"warning: the validation pictures use {used} of {len(counts)} codes; what helps: a "
-                  "--restart-every of 25 to 100, a smaller --code-width or --codebook-size, a lower --lr",
-                  flush=True)
+            print(f"warning: {used} of {len(counts)} codes in use; what helps: --restart-every 25 to 100, "
+                  "a smaller --code-width or --codebook-size, a lower --lr", flush=True)
     scores = {name: total / count for name, total in zip(names, totals)
               if count and (name != "val_lpips" or perceptual)}  # masks may have no label at all
     return scores | {"codes_used": used, "perplexity": perplexity}

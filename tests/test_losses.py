@@ -381,7 +381,7 @@ def test_the_hinge_loss_of_literal_logits():
     assert hinge_loss(torch.ones(2), -torch.ones(2)).item() == 0
 
 
-def adversary(steps: tuple[int, int] = (1, 1)) -> Adversary:
+def adversary(steps: tuple[int, int, int] = (1, 1, 1)) -> Adversary:
     return Adversary(PatchDiscriminator(base_channels=4, layers=1), 0.8, (0.5, 0.9), steps)
 
 
@@ -429,15 +429,24 @@ def test_the_discriminator_learns_to_tell_noise_from_a_ramp():
     assert numbers[-1]["logits_real"] > 0.3 > -0.3 > numbers[-1]["logits_fake"]
 
 
+def test_the_discriminators_weight_grows_evenly_from_the_step_in_which_it_is_heard():
+    sudden, gradual = adversary(steps=(1, 5, 5)), adversary(steps=(1, 5, 8))
+    assert [sudden.weight_at(step) for step in (1, 4, 5, 6, 99)] == [0, 0, 0.8, 0.8, 0.8]
+    weights = [gradual.weight_at(step) for step in (1, 4, 5, 6, 7, 8, 9, 99)]
+    assert weights == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+
+
 def test_an_adversary_goes_on_where_it_was_and_what_has_begun_does_not_stop():
-    one, two = adversary(steps=(4, 6)), adversary(steps=(40, 60))
+    one, two = adversary(steps=(4, 6, 8)), adversary(steps=(40, 60, 80))
     images, fakes = pictures(2, 8), pictures(2, 8)
     train(one, images, fakes)
     state = copy.deepcopy(one.state_dict())  # as a file would be
     two.load_state_dict(state, step=3)
-    assert (two.trains_from, two.heard_from) == (40, 60)  # neither had begun: a longer run's own schedule
+    assert (two.trains_from, two.heard_from, two.full_from) == (40, 60, 80)  # its own schedule: none has begun
     two.load_state_dict(state, step=5)
-    assert (two.trains_from, two.heard_from) == (4, 60)
+    assert (two.trains_from, two.heard_from, two.full_from) == (4, 60, 80)
+    two.load_state_dict(state, step=6)
+    assert (two.trains_from, two.heard_from, two.full_from) == (4, 6, 8)
     numbers = [train(opponent, images, fakes)["discriminator"] for opponent in (one, two)]
     assert torch.equal(*numbers)
     for weight, other in zip(one.discriminator.parameters(), two.discriminator.parameters()):
@@ -452,7 +461,7 @@ def test_the_autoencoders_loss_is_the_sum_of_its_parts(alexnet):
     logits = opponent.discriminator(fakes).mean().item()
 
     def loss(*rest):
-        total, parts = autoencoder_loss(images, fakes, quantization_loss, *rest, last.weight)
+        total, parts = autoencoder_loss(images, fakes, quantization_loss, *rest, 0.7, last.weight)
         return total.item(), {name: part.item() for name, part in parts.items()}
 
     assert loss(None, 1.0, None) == (pytest.approx(l1 + 0.25), pytest.approx({"l1": l1, "vq": 0.25}))
@@ -463,7 +472,7 @@ def test_the_autoencoders_loss_is_the_sum_of_its_parts(alexnet):
     nll = (fakes - images).abs().mean() + 2 * alexnet(images, fakes, True).mean()  # no codebook's loss in λ
     expected = adaptive_weight(nll, -opponent.discriminator(fakes).mean(), last.weight).item()
     assert parts["lambda"] == pytest.approx(expected, rel=1e-4)
-    assert total == pytest.approx(l1 + 2 * lpips + 0.25 - 0.8 * expected * logits, rel=1e-4)
+    assert total == pytest.approx(l1 + 2 * lpips + 0.25 - 0.7 * expected * logits, rel=1e-4)
 
 
 def test_the_autoencoders_loss_has_its_parts_slope_and_walks_back_through_each_once(alexnet, monkeypatch):
@@ -484,17 +493,19 @@ def test_the_autoencoders_loss_has_its_parts_slope_and_walks_back_through_each_o
     fakes, quantization_loss = last(torch.randn(2, 2, 32, 32)), last.bias.square().sum()
     nll = (fakes - images).abs().mean() + 2 * alexnet(images, fakes, True).mean()
     generator = -opponent.discriminator(fakes).mean()
-    expected = nll + quantization_loss + 0.8 * adaptive_weight(nll, generator, last.weight) * generator
+    expected = nll + quantization_loss + 0.7 * adaptive_weight(nll, generator, last.weight) * generator
     expected = torch.autograd.grad(expected, (last.weight, last.bias), retain_graph=True)
     opponent.discriminator.zero_grad(set_to_none=True)
 
     forward, generator_loss = alexnet.forward, opponent.generator_loss
     monkeypatch.setattr(alexnet, "forward", lambda a, b, unclamped: forward(a, Counted.apply(b, "lpips"), unclamped))
     monkeypatch.setattr(opponent, "generator_loss", lambda x: generator_loss(Counted.apply(x, "opponent")))
-    total, _ = autoencoder_loss(images, fakes, quantization_loss, alexnet, 2.0, opponent, last.weight)
+    total, _ = autoencoder_loss(images, fakes, quantization_loss, alexnet, 2.0, opponent, 0.7, last.weight)
     total.backward()
     assert walks == ["lpips", "opponent"]
     assert all(weight.grad is None for weight in opponent.discriminator.parameters())
+    _, parts = autoencoder_loss(images, fakes, quantization_loss, None, 0.0, opponent, 0.0, last.weight)
+    assert walks == ["lpips", "opponent"] and "lambda" not in parts  # not even computed while unheard
     for weight, slope in zip((last.weight, last.bias), expected):
         assert torch.allclose(weight.grad, slope, rtol=1e-4, atol=1e-6)
 
@@ -584,7 +595,7 @@ def test_the_autoencoders_loss_of_masks_is_their_cross_entropy():
     one_hot = data.as_input(torch.tensor([[[0, 1], [1, 255]]]), "segmentation", 2)
     logits, last = torch.randn(1, 2, 2, 2), nn.Conv2d(2, 2, 1)
     for labelled, divisor in ((3.0, 3), (1.5, 1.5), (0.0, 1)):
-        total, parts = autoencoder_loss(one_hot, logits, torch.tensor(0.25), None, 1.0, None, last.weight,
+        total, parts = autoencoder_loss(one_hot, logits, torch.tensor(0.25), None, 1.0, None, 0.0, last.weight,
                                         torch.tensor(labelled))
         assert set(parts) == {"cross_entropy", "vq"}
         assert total.item() == pytest.approx(cross_entropy(one_hot, logits).item() / divisor + 0.25)

@@ -428,6 +428,8 @@ def test_the_sentence_about_a_shape_names_both(tmp_path):
     (VQ, "colorize.weight", (1,), "has colorize.weight, for which there is no place"),
     (VQ, "quantize.used", (20,), "has quantize.used, for which there is no place"),
     (GPT, "blocks.0.attn.masks", (1,), "has blocks.0.attn.masks, for which there is no place"),
+    (GPT, "blocks.1.attn.mask", (1, 1, 4, 4), r"has a blocks.1.attn.mask that is not causal \(n_unmasked\)"),
+    (GPT, "blocks.0.attn.mask", (1,), "has a blocks.0.attn.mask that is not causal"),
     (GPT, "blocks.0.mask", (1,), "has blocks.0.mask, for which there is no place"),
     (GPT, "head.bias", (20,), "has head.bias, for which there is no place"),
 ])
@@ -528,6 +530,18 @@ def test_code_beside_good_weights_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_objects_that_are_no_plain_weights_are_refused_whatever_they_pretend(tmp_path):
+    weights, name = random_weights(SMALL_VQ, seed=0), "encoder.conv_in.weight"
+    shadowed = collections.OrderedDict(state_dict=weights)
+    shadowed.get = "not a method"
+    torch.save(shadowed, tmp_path / "shadowed.ckpt")
+    assert VQ.from_taming(tmp_path / "shadowed.ckpt").config.codebook_size == 20
+    for weight in (weights[name].to_sparse(), weights[name].to("meta"), weights[name].to(torch.complex64),
+                   torch.quantize_per_tensor(weights[name], 0.1, 0, torch.qint8)):
+        with pytest.raises(ValueError, match=f"has '{name}' in its state_dict, which is not|is damaged"):
+            VQ.from_taming(write(tmp_path / "odd.ckpt", weights | {name: weight}))
+
+
 def test_the_trainers_objects_are_passed_over_without_the_trainer(tmp_path, monkeypatch):
     """As pickle writes them: classes, calls, new objects with items, attributes, slots or another state."""
     class ModelCheckpoint:
@@ -544,6 +558,13 @@ def test_the_trainers_objects_are_passed_over_without_the_trainer(tmp_path, monk
         def __reduce__(self):
             return (Called, (1, [2]), {"a": 3})
 
+    class LocalFileSystem:  # a ModelCheckpoint holds one
+        pass
+
+    files = types.ModuleType("fsspec.implementations.local")
+    LocalFileSystem.__module__, LocalFileSystem.__qualname__ = files.__name__, "LocalFileSystem"
+    files.LocalFileSystem = LocalFileSystem
+    monkeypatch.setitem(sys.modules, files.__name__, files)
     module = types.ModuleType("pytorch_lightning")
     for trainers in (ModelCheckpoint, AttributeDict, Slots, Called):
         trainers.__module__, trainers.__qualname__ = module.__name__, trainers.__name__
@@ -554,7 +575,7 @@ def test_the_trainers_objects_are_passed_over_without_the_trainer(tmp_path, monk
     counts = collections.defaultdict(list, {"a": [1]})
     others = {
         "callbacks": {ModelCheckpoint: {"best": torch.tensor(1.0), "path": Path("a/b.ckpt")}},
-        "objects": [ModelCheckpoint(), slots, Called(), argparse.Namespace(lr=0.1)],
+        "objects": [LocalFileSystem(), ModelCheckpoint(), slots, Called(), argparse.Namespace(lr=0.1)],
         "hyper_parameters": attributes, "counts": counts, "ordered": collections.OrderedDict(a=1),
         "numbers": [np.float64(2.5), np.dtype("float32"), np.arange(3)], "bytes": b"abc", "set": {1, 2},
         "time": datetime.datetime(2020, 11, 9), "big": 2**80, "type": dict, "none": None,
@@ -607,7 +628,9 @@ def test_their_files_are_told_from_ours_by_content(tmp_path):
     theirs = write(tmp_path / "checkpoint.pt", random_weights(SMALL_VQ, seed=0))
     assert taming.recognizes(theirs) and taming.recognizes(str(theirs))
     ours = tmp_path / "vqgan.ckpt"
-    torch.save({"kind": "vq", "config": {"out": "state_dict"}, "model": {}}, ours)
+    torch.save({"kind": "vq", "config": {"out": "state_dict"}, "model_config": {}, "model": {}}, ours)
+    kind = write(tmp_path / "kind.ckpt", random_weights(SMALL_VQ, seed=0), hyper_parameters={"kind": "vq"})
+    assert taming.recognizes(kind)
     assert not taming.recognizes(ours) and not taming.recognizes(tmp_path) and not taming.recognizes("none")
 
 

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ("--data folder --image-size 32 --base-channels 8 --channel-multipliers 1,2 --codebook-size 16 "
          "--code-width 4 --batch-size 4 --restart-every 3 --log-every 1 --eval-every 20 --device cpu").split()
 ADVERSARIAL = ("--discriminator-weight 0.8 --discriminator-layers 1 --discriminator-start 0.5 "
-               "--discriminator-warmup 0.25").split()
+               "--discriminator-warmup 0.25 --discriminator-ramp 0.25").split()
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +126,9 @@ def test_without_perceptual_loss_and_discriminator_the_loop_is_l1_and_quantizati
 def test_only_the_paper_preset_needs_a_download():
     paper, *others = (train_vq.PRESETS[name] for name in ("paper", "demo", "cifar10"))
     assert (paper.perceptual, paper.perceptual_weight, paper.adversarial) == ("vgg16", 1.0, True)
+    assert paper.upscale  # ImageNet has pictures of less than 256 pixels
     assert (paper.discriminator_weight, paper.discriminator_start) == (0.8, 0.5)
-    assert paper.discriminator_steps == (240_001, 250_001)
+    assert paper.discriminator_steps == (240_001, 250_001, 300_001)
     assert all((preset.perceptual, preset.adversarial) == ("none", False) for preset in others)
 
 
@@ -450,7 +451,7 @@ def test_a_run_with_a_discriminator_goes_on_bit_for_bit(stop, folder, trained, t
         with pytest.raises(KeyboardInterrupt):
             train_vq.main(arguments)
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert saved["step"] == stop and saved["adversary"]["steps"] == [4, 7]
+    assert saved["step"] == stop and saved["adversary"]["steps"] == [4, 7, 10]
     moved = tmp_path / "elsewhere.pth"
     moved.write_bytes((folder / "alexnet.pth").read_bytes())
     resumed = train_vq.main(["--resume", "--out", str(tmp_path), "--data", "folder",
@@ -463,7 +464,7 @@ def test_a_longer_run_does_not_stop_hearing_its_discriminator(folder, trained, t
     longer = train_vq.main(["--resume", "--out", str(tmp_path), "--data", "folder", "--steps", "30"])
     lines = log_of(longer)
     assert len(lines) == 18 and all("lambda" in line and "discriminator" in line for line in lines)
-    assert torch.load(longer, weights_only=True)["adversary"]["steps"] == [4, 7]
+    assert torch.load(longer, weights_only=True)["adversary"]["steps"] == [4, 7, 10]
 
 
 # What a run says and leaves behind
@@ -505,6 +506,18 @@ def test_the_picture_of_use_is_red_for_unused_codes_and_brighter_for_frequent_on
     assert cells[2] == [128] * 3 and cells[3] == [38] * 3  # halfway between log 1 and log 100; log 2
 
 
+def test_codes_are_counted_before_some_are_moved_and_none_is_moved_in_the_last_step(
+        folder, tmp_path, monkeypatch):
+    events = []
+    evaluate, restart, save = train_vq.evaluate, train_vq.restart_dead_codes, run.save_checkpoint
+    monkeypatch.setattr(train_vq, "evaluate", lambda *a: (events.append("evaluate"), evaluate(*a))[1])
+    monkeypatch.setattr(train_vq, "restart_dead_codes", lambda *a: (events.append("restart"), restart(*a))[1])
+    monkeypatch.setattr(run, "save_checkpoint", lambda *a: (events.append("save"), save(*a))[1])
+    train_vq.main([*flags(folder, tmp_path, False, False), "--steps", "6", "--eval-every", "3",
+                   "--checkpoint-every", "3"])
+    assert events == ["evaluate", "restart", "save", "evaluate", "save"]
+
+
 def test_each_evaluation_draws_the_use_of_the_codes(trained):
     with Image.open(trained.parent / "step-000012-codes.png") as picture:
         assert picture.size == (4 * 12 + 3 * 2,) * 2
@@ -525,7 +538,7 @@ def test_a_collapsed_codebook_warns_and_says_what_helps(folder, trained, tmp_pat
             validation, data.fixed_order(4, 4), process.device, 0)))).detach()[[0, -1]][:used]
         scores = train_vq.evaluate(vq, None, validation, config, process, tmp_path / "a.png")
         assert scores["codes_used"] == used and "val_lpips" not in scores
-        sentence = f"warning: the validation pictures use {used} of 32 codes; what helps: a --restart-every"
+        sentence = f"warning: {used} of 32 codes in use; what helps: --restart-every"
         assert (sentence in capsys.readouterr().out) == warns
 
 
@@ -558,6 +571,7 @@ def test_mistakes_end_in_a_sentence_and_leave_nothing(folder, tmp_path, monkeypa
         (["--discriminator-weight", "-1"], 2, "discriminator_weight is -1.0; it must be at least 0"),
         (["--discriminator-start", "-1"], 2, "discriminator_start is -1.0; it must be at least 0"),
         (["--discriminator-warmup", "-1"], 2, "discriminator_warmup is -1.0; it must be at least 0"),
+        (["--discriminator-ramp", "-1"], 2, "discriminator_ramp is -1.0; it must be at least 0"),
         (["--perceptual-weight", "-1"], 2, "perceptual_weight is -1.0; it must be at least 0"),
         (["--accumulate", "0"], 2, "accumulate is 0; it must be at least 1"),
         (["--accumulate", "3"], 2, r"4, which cannot be shared evenly by 1 process\(es\), in 3 parts each; .* 3"),

@@ -75,7 +75,7 @@ def main():
         return data.load(validation, data.fixed_order(len(validation), 100), torch.device("cpu"), 0)
 
     shown, logs = [next(batches())[:10]], {}
-    print("| losses | step | L1 | LPIPS, VGG16 | LPIPS, AlexNet | sharpness | codes in use |\n" + "|---" * 7 + "|")
+    print("| losses | step | L1 | LPIPS, VGG16 | LPIPS, AlexNet | sharpness |\n" + "|---" * 6 + "|")
     for name, (title, _) in RUNS.items():
         path = Path(f"runs/vq-cifar10-{name}")
         checkpoint = run.load_checkpoint(path / "checkpoint.pt", "vq")
@@ -90,11 +90,10 @@ def main():
         for line in logs[name]:
             if "val_l1" in line:
                 known = f"{lpips:.4f} | {sharpness:.3f}" if line is logs[name][-1] else " | "
-                print(f"| {title} | {line['step']:,} | {line['val_l1']:.4f} | {line['val_lpips']:.4f} | {known} "
-                      f"| {line['codes_used']:,} |")
+                print(f"| {title} | {line['step']:,} | {line['val_l1']:.4f} | {line['val_lpips']:.4f} | {known} |")
     run.save_picture(run.picture_grid(torch.cat(shown), columns=10), HERE / "reconstructions.png")
 
-    _, heard = checkpoint["adversary"]["steps"]
+    heard = checkpoint["adversary"]["steps"][1]
     each = [(logs[name], colour) for name, (_, colour) in RUNS.items()]
     panels = [chart("train L1: L1 black, + LPIPS blue, + discriminator 0.1 red, 0.8 magenta",
                     [curve(log, "l1", colour) for log, colour in each], heard),

@@ -58,7 +58,8 @@ class Step:
         began = time.perf_counter()
         reconstructions, quantization_loss = self.autoencode()
         loss, _ = autoencoder_loss(self.images, reconstructions, quantization_loss, self.perceptual,
-                                   self.config.perceptual_weight, self.adversary, self.vq.decoder[-1].weight)
+                                   self.config.perceptual_weight, self.adversary, self.adversary.weight,
+                                   self.vq.decoder[-1].weight)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
