@@ -11,6 +11,7 @@ with those fields that are asked for. All raise FileNotFoundError or ValueError,
     deepfashion          in-shop: img/…, list_landmarks_inshop.txt, and if there list_eval_partition.txt
 """
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -102,15 +103,21 @@ def any_folder(directory: Path, split: str, fields: tuple[str, ...]) -> list[Rec
             path.suffix.lower() == ".npy" for path in found(root / "pose", "pose")):
         folders["image"] = root / "images"  # its size is needed to draw the key points
     records = paired(folders)
-    return records if given else [
-        record for record in records if (split == "val") == kept_for_validation(
-            record[fields[0]].relative_to(folders[fields[0]]))]
+    if given:
+        return records
+    names = [record[fields[0]].relative_to(folders[fields[0]]) for record in records]
+    kept = set(filter(kept_for_validation, names)) or {min(names, key=lot)}  # at least one
+    return [record for record, name in zip(records, names) if (split == "val") == (name in kept)]
 
 
 def kept_for_validation(path: Path) -> bool:
     """A fixed choice by file name, but for the suffix: adding pictures moves none of the others."""
-    name = path.with_suffix("").as_posix()
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % VALIDATION_SHARE == 0
+    return lot(path) % VALIDATION_SHARE == 0
+
+
+def lot(path: Path) -> int:
+    """A number drawn by file name, but for the suffix."""
+    return int(hashlib.sha256(os.fsencode(path.with_suffix("").as_posix())).hexdigest(), 16)
 
 
 def imagenet(directory: Path, split: str, fields: tuple[str, ...]) -> list[Record]:

@@ -38,6 +38,14 @@ def test_without_those_folders_one_picture_in_20_is_kept_for_validation(tmp_path
     assert files(training) == sorted(files(training))
 
 
+def test_the_smallest_folders_keep_one_picture_for_validation(tmp_path):
+    for i in range(12):
+        save(tmp_path / f"{i}.png", size=(4, 4))
+        if i:
+            training, validation = pictures(tmp_path, "train", 4), pictures(tmp_path, "val", 4)
+            assert len(training) + len(validation) == i + 1 and len(validation) >= 1
+
+
 def test_a_lone_train_folder_is_split_like_any_other(tmp_path):
     for i in range(60):
         save(tmp_path / "train" / f"{i}.png", size=(4, 4))
@@ -75,8 +83,8 @@ def test_missing_and_empty_folders_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} has no pictures (.jpg")):
         pictures(tmp_path, "val")
     save(tmp_path / "a.png")
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} has no val pictures; without train/")):
-        pictures(tmp_path, "val")
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} has no train pictures; without train/")):
+        pictures(tmp_path, "train")
     splits(tmp_path)
     with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path / 'val'} has no pictures (.jpg")):
         pictures(tmp_path, "val")

@@ -536,8 +536,7 @@ def test_objects_that_are_no_plain_weights_are_refused_whatever_they_pretend(tmp
     shadowed.get = "not a method"
     torch.save(shadowed, tmp_path / "shadowed.ckpt")
     assert VQ.from_taming(tmp_path / "shadowed.ckpt").config.codebook_size == 20
-    for weight in (weights[name].to_sparse(), weights[name].to("meta"), weights[name].to(torch.complex64),
-                   torch.quantize_per_tensor(weights[name], 0.1, 0, torch.qint8)):
+    for weight in (weights[name].to_sparse(), weights[name].to("meta"), weights[name].to(torch.complex64)):
         with pytest.raises(ValueError, match=f"has '{name}' in its state_dict, which is not|is damaged"):
             VQ.from_taming(write(tmp_path / "odd.ckpt", weights | {name: weight}))
 
