@@ -158,7 +158,7 @@ def start(device: str, seed: int) -> Process:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device is {device!r}, which torch cannot use here ({str(error).splitlines()[0]}); "
+        raise flag_error(f"device is {device!r}, which torch cannot use here ({str(error).splitlines()[0]}); "
                          "try --device cpu") from None
     device = torch.device(device)
     if device.type == "cuda":

@@ -339,7 +339,7 @@ def test_no_mistake_ends_in_a_traceback(pictures, first_stage, second_stage, tmp
         ("train_vq.py", ["--base-channels", "70"], 2, "70 channels do not split into"),
         ("train_vq.py", ["--channel-multipliers", "1,x"], 2, "channel_multipliers is '1,x'; it must"),
         ("train_vq.py", ["--steps", "0"], 2, "steps is 0; it must be at least 1"),
-        ("train_vq.py", [*vq, "--device", "tpu9"], 1, "device is 'tpu9', which torch cannot use here"),
+        ("train_vq.py", [*vq, "--device", "tpu9"], 2, "device is 'tpu9', which torch cannot use here"),
         ("train_vq.py", [*vq, "--data-dir", str(tmp_path / "none")], 1, "none is no folder; name your"),
         ("train_vq.py", [*vq, "--data-dir", str(empty)], 1, "empty has no pictures (.jpg"),
         ("train_vq.py", [*vq, "--data-dir", str(holey)], 1, "a.png cannot be read as a picture"),
