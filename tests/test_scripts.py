@@ -413,6 +413,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
     assert all(weight.isfinite().all() for weight in model.values())
 
 
+def test_a_first_stage_that_diverges_between_two_status_lines_still_reaches_the_next(
+        pictures, tmp_path, monkeypatch, capsys):
+    flags = "--restart-every 1 --log-every 10 --checkpoint-every 99 --steps 30 --lr 1e30".split()
+    code, _, errors = shell("train_vq.py", [*vq_flags(pictures, tmp_path), *flags], monkeypatch, capsys)
+    assert code == 1 and re.search(r"the l1 loss became (nan|inf): ", errors)
+
+
 def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
     path = tmp_path / "checkpoint.pt"
     run.save_checkpoint(path, {"kind": "gpt", "step": 1, "weight": torch.arange(10)})
