@@ -1,4 +1,4 @@
-"""GPT-2, which writes a grid of codes token by token (§2; §A.1: 24 layers, 16 heads, 1,024 wide, 307 M).
+"""GPT-2 as an autoregressive prior over code tokens (§2; §A.1: 24 layers, 16 heads, 1,024 wide, 307 M).
 
 One forward serves training, the prompt and single-token decoding: without a cache it sees the whole sequence,
 with one it sees the new tokens and reads keys and values of the earlier ones from the cache.
@@ -154,18 +154,20 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, prefix: Tensor, steps: int, temperature: float = 1.0, top_k: int = 100,  # both §A.1
                  generator: torch.Generator | None = None, top_p: float = 1.0,
-                 sampled_tokens: int | None = None, cached: bool = True) -> Tensor:
+                 sampled_tokens: int | None = None, cached: bool = True, guidance: float = 1.0,
+                 null_prefix: Tensor | None = None) -> Tensor:
         """Continue a prefix: (B, P) int64 → (B, P + steps), the prefix first.
 
-        Only tokens below `sampled_tokens` are drawn (None: the whole vocabulary), so that a start token or a
+        Only tokens below `sampled_tokens` are drawn (None: the whole vocabulary), so that a null token or a
         condition is never written into an image; of those the `top_k` likeliest (0: all), and of those the
         fewest that together hold `top_p` of the probability. `cached=False` runs the whole sequence anew for
-        each token: the same tokens, slower (§2's 14.08×).
+        each token: the same tokens, slower (§2's 14.08×). Classifier-free guidance samples from the logits
+        null + guidance·(conditional − null), where `null_prefix` (B, P) has no condition: one batch of both.
         Raises ValueError for an empty prefix, or if P + steps − 1 positions do not fit `block_size`.
         """
         check_sampling(temperature, top_k, top_p)
         if prefix.shape[1] == 0:
-            raise ValueError("generate needs a prefix of at least one token: a start token or a condition")
+            raise ValueError("generate needs a prefix of at least one token: the null token or a condition")
         if prefix.shape[1] + steps - 1 > self.config.block_size:
             raise ValueError(f"a prefix of {prefix.shape[1]} and {steps} steps do not fit the "
                              f"{self.config.block_size} positions of this GPT (block_size)")
@@ -173,20 +175,26 @@ class GPT(nn.Module):
             raise ValueError(f"steps is {steps} and sampled_tokens {sampled_tokens}; steps must be at least "
                              "0, sampled_tokens at least 1 and at most the vocabulary's "
                              f"{self.config.vocab_size}")
-        training = self.training
+        batch, training = len(prefix), self.training
+        if guidance != 1:
+            prefix = torch.cat([prefix, null_prefix])  # (2B, P)
         self.eval()
         capacity = prefix.shape[1] + max(0, steps - 1)
         cache = KeyValueCache(self.config, len(prefix), capacity, self._activation()) if cached else None
-        tokens = torch.cat([prefix, prefix.new_zeros(len(prefix), steps)], 1)  # (B, P + steps)
+        tokens = torch.cat([prefix, prefix.new_zeros(len(prefix), steps)], 1)  # (B or 2B, P + steps)
         try:
             for end in range(prefix.shape[1], tokens.shape[1]):
-                logits = self(tokens[:, cache.length if cached else 0:end], cache)[:, -1]  # (B, V)
-                logits = logits[:, :sampled_tokens]
+                logits = self(tokens[:, cache.length if cached else 0:end], cache)[:, -1]  # (B or 2B, V)
+                logits = logits[:, :sampled_tokens].float()
+                if guidance != 1:
+                    conditional, null = logits.chunk(2)
+                    logits = null + guidance * (conditional - null)  # (B, V)
                 probabilities = next_token_probabilities(logits, temperature, top_k, top_p)
-                tokens[:, end] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]  # (B,)
+                drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]  # (B,)
+                tokens[:, end] = drawn.repeat(2) if guidance != 1 else drawn
         finally:
             self.train(training)
-        return tokens
+        return tokens[:batch]
 
     def _activation(self) -> Tensor:
         """An empty tensor on the device, and of the dtype, that keys and values have."""
@@ -198,8 +206,8 @@ class GPT(nn.Module):
 
 def check_sampling(temperature: float, top_k: int, top_p: float):
     """Raises ValueError for settings that no distribution can be sampled with."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it must be above 0 "
+    if not 1e-3 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be at least 0.001 "
                          "(for the likeliest token always, use top_k 1)")
     if top_k < 0:
         raise ValueError(f"top_k is {top_k}; it must be at least 1, or 0 to keep all tokens")

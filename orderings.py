@@ -1,14 +1,20 @@
-"""The five orders in which a grid of codes becomes a sequence (§3, "On the Inherent Ordering of Image Data").
+"""The five orders in which a grid of codes becomes a sequence (§3), and which token stands where in it (§4).
 
 An order (Fig. 2) is a permutation p of the h·w cells: p[t] is the row-major index of the cell that is visited
 at step t. The picture in each docstring is its inverse, the rank grid: it shows for each cell of a 4×4 grid
 at which step it is visited. Those pictures are run as tests.
 
-Symbols: B batch, h×w code grid, T = h·w steps.
+`TokenLayout` puts the image's codes, of one scale or several, behind the tokens of a condition.
+
+Symbols: B batch, h×w code grid, T image tokens, P prefix tokens, K image codes, C condition codes,
+V vocabulary.
 """
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -152,3 +158,117 @@ def roll_up(sequence: Tensor, p: Tensor, height: int, width: int) -> Tensor:
         raise ValueError(f"a sequence of {sequence.shape[1]} and an order of {p.numel()} steps do not fill "
                          f"{height}×{width} cells")
     return sequence[:, torch.argsort(p)].view(-1, height, width)  # (B, T) → (B, h*w) → (B, h, w)
+
+
+@cache
+def permutation(order: str, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """`ORDERINGS[order]`, made once for each size and device: (height*width,) int64."""
+    return ORDERINGS[order](height, width).to(device)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Which token stands where: the condition's first, then the image's, scale by scale, each in the order.
+
+        ids        0 … K−1 image codes · K … K+C−1 condition codes · K+C the null token, which is never a code
+        sequence   P prefix tokens (a condition, or one null token) · T image tokens, coarse to fine
+
+    Plain values, so that `asdict` goes into a checkpoint. The condition is never permuted. Raises ValueError
+    for sizes that do not fit together.
+    """
+    codebook_size: int  # K
+    height: int  # of the finest grid
+    width: int
+    order: str = "row"
+    scales: tuple[int, ...] = ()  # sides of the coarser grids, (1, 2, 4, 8) below 16×16; §3, multiscale
+    condition_size: int = 0  # C: classes, or codes of the condition's first stage; 0: no condition
+    condition_length: int = 0  # 1 for a class, h·w for a map
+    null_token: bool = True  # starts an unconditional sequence, or stands for a dropped condition
+
+    def __post_init__(self):
+        if self.order not in ORDERINGS:
+            raise ValueError(f"order is {self.order!r}; choose one of {', '.join(ORDERINGS)}")
+        sides = (*self.scales, min(self.height, self.width))
+        if any(b <= a or self.height % a or self.width % a for a, b in zip(sides, sides[1:])):
+            raise ValueError(f"scales are {self.scales}; they must grow, and divide "
+                             f"{self.height}×{self.width}")
+        if (self.condition_size > 0) != (self.condition_length > 0):
+            raise ValueError(f"condition_length is {self.condition_length} and condition_size "
+                             f"{self.condition_size}; both must be 0, or neither")
+        if not self.condition_length and not self.null_token:
+            raise ValueError("a sequence without a condition needs the null token to start with")
+        self.permutation  # an order that cannot unroll one of the grids raises here
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of each grid, coarse to fine."""
+        return [*((side, side) for side in self.scales), (self.height, self.width)]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Image tokens of each grid; their sum is T, 341 for all scales of 16×16."""
+        return [height * width for height, width in self.sizes]
+
+    @property
+    def prefix_length(self) -> int:
+        """P."""
+        return max(1, self.condition_length)
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.codebook_size + self.condition_size + self.null_token
+
+    @property
+    def block_size(self) -> int:
+        """Positions that a GPT needs: 512 for the paper's maps. Nothing follows the last token."""
+        return self.condition_length + sum(self.lengths)
+
+    @property
+    def permutation(self) -> Tensor:
+        """Which cell is visited at each step, (T,) int64, counting through the cells of all grids."""
+        parts, first = [], 0
+        for size, length in zip(self.sizes, self.lengths):
+            parts.append(first + permutation(self.order, *size))
+            first += length
+        return torch.cat(parts)
+
+    def prefix(self, condition: Tensor | None, batch: int) -> Tensor:
+        """What comes before the image: (B, P) int64.
+
+        `condition` has B rows of P codes, in any shape, in [0, C); −1 stands for the null token. Without one
+        all tokens are the null token, which starts an unconditional sequence. Raises ValueError.
+        """
+        if condition is None:
+            condition = torch.full((batch, self.prefix_length), -1)
+        condition = condition.reshape(batch, -1)
+        if condition.shape[1] != self.prefix_length:
+            raise ValueError(f"a condition of {condition.shape[1]} codes; this model has "
+                             f"{self.prefix_length}")
+        null = self.codebook_size + self.condition_size
+        return torch.where(condition < 0, null, condition + self.codebook_size)
+
+    def image_tokens(self, grids: list[Tensor]) -> Tensor:
+        """Codes in the order in which they are predicted: grids coarse to fine, (B, h, w) each → (B, T)."""
+        return torch.cat([unroll(codes, permutation(self.order, *size, codes.device))
+                          for codes, size in zip(grids, self.sizes)], 1)
+
+    def tokens(self, grids: list[Tensor], condition: Tensor | None) -> Tensor:
+        """Grids coarse to fine, (B, h, w) each, and a condition as in `prefix` → (B, P + T) int64."""
+        image = self.image_tokens(grids)
+        return torch.cat([self.prefix(condition, len(image)).to(image.device), image], 1)
+
+    def grids(self, image_tokens: Tensor) -> list[Tensor]:
+        """The inverse, also for losses or ranks by step: (B, T) → grids coarse to fine, (B, h, w) each."""
+        parts = image_tokens.split(self.lengths, dim=1)
+        return [roll_up(part, permutation(self.order, *size, part.device), *size)
+                for part, size in zip(parts, self.sizes)]
+
+    def loss(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """Cross-entropy of each image token, none of the prefix (§4, p(z|c)): (B, T) float32, in nats.
+
+        `logits` (B, P + T − 1, V) are a GPT's for tokens[:, :-1], of the tokens (B, P + T).
+        """
+        T = sum(self.lengths)
+        logits, targets = logits[:, -T:].float(), tokens[:, -T:]  # (B, T, V), (B, T)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(-1, T)

@@ -1,15 +1,27 @@
 """Draw new pictures from a trained model: one checkpoint in, pictures out.
 
     python sample.py --checkpoint runs/gpt-demo-scenes-spiral/checkpoint.pt   one picture, a grid of samples
+    python sample.py --checkpoint … --class ball,tent --guidance 3            a row for each class
+    python sample.py --checkpoint … --condition masks/                        samples beside masks, Figs. 4–9
+    python sample.py --checkpoint … --complete photo.jpg --keep 0.5           half of its codes kept
+    python sample.py --checkpoint … --scales-from photo.jpg                   its coarser scales kept, Fig. 3
+    python sample.py --checkpoint … --size 64x128                             larger than in training
     python sample.py --checkpoint … --count 50000 --out pictures/             numbered files, for FID and such
     python sample.py --checkpoint … --animate samples.gif                     the grid filled code by code
+    python sample.py --checkpoint … --benchmark                               tokens and pictures per second
 
-Files of the authors' taming-transformers are sampled too, if they are unconditional. A class-conditional one
-cannot be told from those: its pictures are all of class 0.
+A conditional model takes the conditions of the validation split where none is named. Files of the authors'
+taming-transformers are sampled too, if they are unconditional.
 """
+import difflib
+import itertools
 import math
-from dataclasses import dataclass
+import re
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +29,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+import data
 import run
-import taming
-from gpt import GPT, GPTConfig, check_sampling
-from orderings import ORDERINGS, ranks, roll_up
+from gpt import GPT, GPTConfig
+from orderings import TokenLayout
+from stages import FirstStage, Prior, Sampling
 from vq import VQ, VQConfig
+
+ONE_FILE = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -30,22 +45,53 @@ class SampleConfig:
     preset: str = "paper"  # demo, cifar10 or paper: which set of defaults the other flags change
     checkpoint: str = "runs/gpt-paper-folder-row/checkpoint.pt"  # by train_gpt.py, or by the authors' code
     n_head: int = 0  # heads in a file of the authors', which does not tell; 0: as in the model they released
-    out: str = "samples.png"  # a file ending in .png: one grid of all samples; else a folder: numbered files
+    out: str = "samples.png"  # .png, .jpg or .webp: one grid of all samples; else a folder for numbered files
     animate: str = ""  # also write this .gif of the first samples being filled code by code
-    count: int = 64  # samples
+    benchmark: bool = False  # measure speed only; with --preset paper and no checkpoint, that of its shape
+
+    class_: str = ""  # names or numbers of classes, separated by commas: a row of samples each
+    condition: str = ""  # mask, depth map, pose or key points, or a folder of them: a row of samples each
+    complete: str = ""  # picture, or folder of them, of which the first codes are kept: a row of samples each
+    keep: float = 0.5  # share of the codes that --complete keeps, in the model's own order
+    hide: bool = False  # grey out the other pixels before --complete encodes: each code sees all of them
+    scales_from: str = ""  # picture whose 0, 1, 2, … coarsest scales are kept: a row each, §3
+
+    count: int = 0  # samples; with rows, in each row; 0: 64, or 4 in each row
+    size: str = ""  # HEIGHTxWIDTH in pixels, larger than in training, by a sliding window
     batch_size: int = 64  # samples drawn at a time
     seed: int = 0  # of the samples
     device: str = "auto"  # cpu, cuda, cuda:1, …; auto: a GPU if there is one
-    temperature: float = 1.0  # below 1 safer, above 1 wilder, §A.1
-    top_k: int = 100  # likeliest codes that are sampled from, §A.1; 0: all
-    top_p: float = 1.0  # sample from the likeliest codes that hold this share of the probability; 1: all
+    temperature: float = 1.0  # below 1 less varied, above 1 more, §A.1
+    top_k: int = 100  # most probable codes that are sampled from, §A.1; 0: all
+    top_p: float = 1.0  # sample from the most probable codes that hold this share of the probability; 1: all
+    guidance: float = 1.0  # above 1 closer to the condition, for models trained with --condition-dropout
 
     def __post_init__(self):
-        run.check_at_least(self, 1, "count", "batch_size")
-        run.check_at_least(self, 0, "seed", "n_head")
-        check_sampling(self.temperature, self.top_k, self.top_p)
+        run.check_at_least(self, 1, "batch_size")
+        run.check_at_least(self, 0, "seed", "n_head", "count")
+        self.sampling
+        if not 0 <= self.keep <= 1:
+            raise ValueError(f"keep is {self.keep}; it must lie in [0, 1]")
         if self.animate and not self.animate.endswith(".gif"):
             raise ValueError(f"animate is {self.animate!r}; it must name a .gif file")
+        if self.size and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size):
+            raise ValueError(f"size is {self.size!r}; it must be like 64x128, height and width in pixels")
+        if self.scales_from and (self.complete or self.size) or self.complete and self.size:
+            raise ValueError("complete, scales_from and size exclude each other; choose one")
+
+    def without_effect(self) -> list[tuple[bool, str, str]]:
+        """Flags that do nothing if the first value is true, and why."""
+        return [(not self.complete, "keep hide", "it belongs to --complete"),
+                (self.benchmark, "out animate class_ condition complete scales_from count size",
+                 "a benchmark draws no pictures")]
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.guidance)
+
+    @property
+    def one_file(self) -> bool:
+        return Path(self.out).suffix.lower() in ONE_FILE
 
 
 PRESETS = {
@@ -55,69 +101,234 @@ PRESETS = {
 }
 
 
+class Row(NamedTuple):
+    """What some samples have in common; None where there is nothing."""
+    condition: Tensor | None  # (1,) label, or (1, h, w) codes of a map
+    given: Tensor | None  # (1, G) first image tokens
+    beside: Tensor | None  # (1, 1 or 3, H, W): a map, or the picture that is completed, to be shown
+    record: Tensor | None  # the condition's field as `data.load` gives it, to be written
+
+
 def main(argv: list[str] | None = None):
     """Sample as the command line says."""
     config, _ = run.configure(PRESETS, argv)
     device = run.start(config.device, config.seed).device
-    gpt, vq, p, grid, start_token = open_model(config, device)
+    if config.benchmark:
+        return benchmark(config, device)
+    prior = Prior.load(config.checkpoint, device, config.n_head)
+    rows, columns = plan(prior, config)
     generator = torch.Generator(device).manual_seed(config.seed)
+    out, pictures, first, began, done = Path(config.out), [], None, time.perf_counter(), 0
+    if not config.one_file and out.is_dir() and any(out.iterdir()):
+        raise run.UsageError(f"{out} is not empty; name another --out, or empty it")
 
-    pictures = Path(config.out)
-    one_file = pictures.suffix.lower() == ".png"
-    samples, first = [], None
-    for start in range(0, config.count, config.batch_size):
-        count = min(config.batch_size, config.count - start)
-        prefix = torch.full((count, 1), start_token, device=device)
-        tokens = gpt.generate(prefix, len(p), config.temperature, config.top_k, generator, config.top_p,
-                              sampled_tokens=vq.config.codebook_size)  # (B, 1 + T)
-        images = vq.decode(roll_up(tokens[:, 1:], p, *grid))  # (B, C, H, W)
-        first = images[:16] if first is None else first
-        if one_file:
-            samples.append(images.cpu())
+    # Rows of samples are drawn in batches. Those of a batch have equally many given tokens.
+    shown = []
+    for batch in batches(rows, columns, config.batch_size):
+        images, tokens = draw(prior, batch, config, generator)  # (B, C, H, W), (B, T) or None
+        first = tokens if first is None else first
+        if config.one_file:
+            pictures.append(images.cpu())
+            shown += batch
         else:
-            for i, pixels in enumerate(run.to_pixels(images), start):
-                run.save_picture(Image.fromarray(pixels.squeeze()), pictures / f"{i:06d}.png")
-    if one_file:
-        columns = max(1, math.isqrt(config.count))
-        run.save_picture(run.picture_grid(torch.cat(samples), columns=columns), pictures)
-    print(f"{config.count} samples in {pictures}")
+            for i, (row, pixels) in enumerate(zip(batch, data.to_pixels(images)), done):
+                data.save_picture(Image.fromarray(pixels.squeeze()), out / f"{i:06d}.png")
+                save_condition(prior, row, out, i)
+        done += len(batch)
+        seconds = time.perf_counter() - began
+        if seconds > 5:
+            print(f"{done} samples · {done / seconds:.1f} samples/s", flush=True)
+    if config.one_file:
+        data.save_picture(arrange(shown, torch.cat(pictures), columns), out)
+    print(f"{done} samples in {out}")
     if config.animate:
-        frames = filling(first, ranks(p.cpu(), *grid))
+        frames = fill_animation(prior, first[:16])
         duration = [3000 // len(frames)] * (len(frames) - 1) + [1500]  # ms: three seconds, then a pause
-        run.save_picture(frames[0], Path(config.animate), save_all=True, append_images=frames[1:], loop=0,
+        data.save_picture(frames[0], Path(config.animate), save_all=True, append_images=frames[1:], loop=0,
                          duration=duration)
         print(f"the same being filled code by code in {config.animate}")
 
 
-def open_model(config: SampleConfig, device: torch.device) -> tuple[GPT, VQ, Tensor, tuple[int, int], int]:
-    """The GPT, the first stage, the order of the codes (T,), the grid's height and width, the start token."""
-    if taming.recognizes(config.checkpoint):
-        p = taming.writing_order(config.checkpoint)
-        gpt, vq = GPT.from_taming(config.checkpoint, config.n_head), VQ.from_taming(config.checkpoint)
-        grid, start_token = (math.isqrt(len(p)), math.isqrt(len(p))), 0  # theirs is a code as well
-    else:
-        checkpoint = run.load_checkpoint(config.checkpoint, "gpt")
-        gpt = GPT(GPTConfig(**checkpoint["model_config"]))
-        gpt.load_state_dict(checkpoint["model"])
-        vq = VQ(VQConfig(**checkpoint["first_stage"]["model_config"]))
-        vq.load_state_dict(checkpoint["first_stage"]["model"])
-        grid, start_token = tuple(checkpoint["grid"]), gpt.config.vocab_size - 1
-        p = ORDERINGS[checkpoint["config"]["order"]](*grid)
-    return gpt.to(device), vq.to(device), p.to(device), grid, start_token
+def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int]:
+    """The rows that the flags ask for, and the number of samples in each. Raises UsageError, ValueError."""
+    conditions = list_conditions(prior, config)
+    if config.scales_from or config.complete:
+        named = conditions[0] if config.class_ or config.condition else Row(None, None, None, None)
+        if prior.condition and named.condition is None and not prior.layout.null_token:
+            raise run.UsageError(f"this model needs a condition ({prior.condition}); name one with "
+                                 f"--{'class' if prior.condition == 'class' else 'condition'}")
+        return [row._replace(condition=named.condition, record=named.record)
+                for row in list_given(prior, config)], config.count or 4
+    if prior.condition is None:
+        return [Row(None, None, None, None)], config.count or 64
+    if config.class_ or config.condition:
+        return conditions, config.count or 4
+    if config.one_file:
+        return itertools.islice(conditions, math.ceil((config.count or 64) / 4)), 4
+    return itertools.islice(conditions, config.count or 64), 1
 
 
-def filling(images: Tensor, rank: Tensor) -> list[Image.Image]:
-    """Frames in which the cells of pictures (N, C, H, W) appear in order of rank (h, w), grey until then."""
-    pixel_rank = F.interpolate(rank[None, None].float(), size=images.shape[2:], mode="nearest")
-    pixel_rank = pixel_rank.to(images.device)  # (1, 1, H, W)
-    cells = rank.numel()
-    frames = [run.picture_grid(torch.where(pixel_rank < n, images, 0.5), columns=4, side=64)
-              for n in range(0, cells + 1, math.ceil(cells / 64))]
-    if cells % math.ceil(cells / 64):
-        frames.append(run.picture_grid(images, columns=4, side=64))
+def list_conditions(prior: Prior, config: SampleConfig) -> Iterable[Row]:
+    """The conditions named on the command line, else those of the validation split, in order."""
+    wanted = "class" if config.class_ else "condition" if config.condition else None
+    if wanted and (prior.condition is None or (prior.condition == "class") != (wanted == "class")):
+        raise run.UsageError(f"--{wanted} does not fit {config.checkpoint}, which was trained with "
+                             f"--condition {prior.condition or 'none'}")
+    if config.class_:
+        return [Row(torch.tensor([label]), None, None, torch.tensor([label]))
+                for label in (find_class(name.strip(), prior.classes) for name in config.class_.split(","))]
+    if config.condition:
+        stage = prior.stages[prior.condition]
+        shape = tuple(map(int, config.size.split("x"))) if config.size else None
+        return [map_row(stage, data.read_field(path, stage.field, stage.preparation, shape))
+                for path in data.list_inputs(Path(config.condition), stage.field)]
+    return prior.condition and validation_rows(prior, config)
+
+
+def validation_rows(prior: Prior, config: SampleConfig) -> Iterator[Row]:
+    if config.size:
+        raise run.UsageError("a larger size needs a --condition of that size, or a --class")
+    stage = prior.stages[prior.condition]
+    preparation = (stage or prior.image).preparation
+    dataset = data.open_dataset(prior.trained_on["data"], prior.trained_on["data_dir"], "val",
+                                replace(preparation, fields=(prior.condition,)))
+    for index in range(len(dataset)):
+        value = torch.as_tensor(dataset[index, None][prior.condition])[None]
+        yield map_row(stage, value) if stage else Row(value, None, None, value)
+
+
+def map_row(stage: FirstStage, values: Tensor) -> Row:
+    """A condition map as `data.read_field` gives it, (1, …), as a row."""
+    device = next(stage.vq.parameters()).device
+    inputs = data.as_input(values.to(device), stage.field, stage.vq.config.image_channels)
+    return Row(stage.encode(values.to(device)), None, data.as_pictures(inputs, stage.field), values)
+
+
+def find_class(name: str, classes: tuple[str, ...]) -> int:
+    """The label of a class, given by name or number. Raises UsageError with the names that come nearest."""
+    if name in classes:
+        return classes.index(name)
+    if name.isdecimal() and int(name) < len(classes):
+        return int(name)
+    near = difflib.get_close_matches(name, classes, n=3, cutoff=0.4) or classes[:10]
+    raise run.UsageError(f"there is no class {name!r} among the {len(classes)} of this model; "
+                         f"did you mean {', '.join(near)}?")
+
+
+def list_given(prior: Prior, config: SampleConfig) -> Iterator[Row]:
+    """Rows whose first tokens are a picture's own: a share of its codes, or its coarser scales."""
+    image, layout = prior.image, prior.layout
+    device = next(image.vq.parameters()).device
+    if config.scales_from and not layout.scales:
+        raise run.UsageError(f"--scales-from needs a model of several scales, unlike {config.checkpoint}; "
+                             "train one with --multiscale")
+    for path in data.list_inputs(Path(config.complete or config.scales_from), "image"):
+        values = data.read_field(path, "image", image.preparation).to(device)  # (1, 3, S, S)
+        shown = data.as_input(values, "image", 3)
+        kept = round(config.keep * sum(layout.lengths))
+        if config.complete and config.hide:
+            rank = layout.grids(torch.arange(sum(layout.lengths), device=device)[None])[-1]  # (1, h, w)
+            known = F.interpolate((rank < kept)[None].float(), size=values.shape[2:], mode="nearest")
+            values = torch.where(known > 0, values, 127)
+            shown = data.as_input(values, "image", 3)
+        grids = image.pyramid(image.encode(values), layout.scales)
+        tokens = layout.image_tokens(grids)  # (1, T)
+        counts = [kept] if config.complete else [0, *itertools.accumulate(layout.lengths)]
+        for given in counts:
+            yield Row(None, tokens[:, :given], shown, None)
+
+
+def batches(rows: Iterable[Row], columns: int, batch_size: int) -> Iterator[list[Row]]:
+    """Each row `columns` times, in lists of up to `batch_size` with equally many given tokens."""
+    repeated = (row for row in rows for _ in range(columns))
+    for _, group in itertools.groupby(repeated, key=lambda row: row.given is not None and row.given.shape[1]):
+        while batch := list(itertools.islice(group, batch_size)):
+            yield batch
+
+
+def draw(prior: Prior, batch: list[Row], config: SampleConfig,
+         generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    """One sample for each row: pictures (B, C, H, W), and image tokens (B, T) if of the training size."""
+    condition = torch.cat([row.condition for row in batch]) if batch[0].condition is not None else None
+    given = torch.cat([row.given for row in batch]) if batch[0].given is not None else None
+    if config.size:
+        f = prior.image.vq.config.downsampling
+        height, width = (int(side) // f for side in config.size.split("x"))
+        codes = prior.sample_window(len(batch), height, width, condition, config.sampling, generator)
+        return prior.image.decode(codes), None
+    tokens = prior.sample(len(batch), condition, given, config.sampling, generator)
+    return prior.pictures(tokens), tokens
+
+
+def save_condition(prior: Prior, row: Row, folder: Path, number: int):
+    """A sample's condition beside it: labels of a mask as they are, depth in 16 bits, a class by its name."""
+    if row.record is None:
+        return
+    value = row.record[0].cpu().numpy()
+    if prior.condition == "class":
+        with (folder / "classes.txt").open("a") as file:
+            file.write(f"{number:06d} {prior.classes[value]}\n")
+        return
+    if prior.condition == "depth":
+        value = np.round((value + 1) * 32767.5).astype(np.uint16)
+    picture = Image.fromarray(value.transpose(1, 2, 0) if value.ndim == 3 else value)
+    data.save_picture(picture, folder / f"{number:06d}-condition.png")
+
+
+def arrange(rows: list[Row], pictures: Tensor, columns: int) -> Image.Image:
+    """All samples (N, C, H, W) in one grid: a square, or rows, each behind what it has to show."""
+    if rows[0].beside is None and rows[0].condition is None:
+        return data.picture_grid(pictures, columns=max(1, math.isqrt(len(pictures))))
+    if rows[0].beside is None:
+        return data.picture_grid(pictures, columns)
+    beside = torch.cat([row.beside.expand(-1, 3, -1, -1).cpu() for row in rows[::columns]])  # (R, 3, H, W)
+    both = torch.cat([beside[:, None], pictures.unflatten(0, (-1, columns))], 1)  # (R, 1 + columns, 3, H, W)
+    return data.picture_grid(both.flatten(0, 1), columns + 1)
+
+
+def fill_animation(prior: Prior, tokens: Tensor) -> list[Image.Image]:
+    """Frames in which the cells of image tokens (N, T) appear step by step, on grey or the coarser scale."""
+    grids = prior.layout.grids(tokens)
+    pictures = [prior.image.decode(codes) for codes in grids]
+    size = pictures[-1].shape[2:]
+    ranks = prior.layout.grids(torch.arange(tokens.shape[1], device=tokens.device)[None])
+    below, frames, stride = torch.zeros_like(pictures[-1]), [], math.ceil(tokens.shape[1] / 64)
+    for picture, rank in zip(pictures, ranks):
+        picture = F.interpolate(picture, size=size, mode="nearest")
+        rank = F.interpolate(rank[None].float(), size=size, mode="nearest")  # (1, 1, H, W)
+        for n in range(int(rank.min()), int(rank.max()) + 1, stride):
+            frames.append(data.picture_grid(torch.where(rank < n, picture, below), columns=4, side=64))
+        below = picture
+    frames.append(data.picture_grid(below, columns=4, side=64))
     both = Image.fromarray(np.concatenate([np.asarray(frames[0]), np.asarray(frames[-1])]))
     palette = both.quantize(256)  # one for all frames: a palette for each would flicker
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+
+
+def benchmark(config: SampleConfig, device: torch.device):
+    """Print tokens and pictures per second, with and without the key/value cache, decoding included."""
+    if config.preset == "paper" and not Path(config.checkpoint).exists():
+        layout = TokenLayout(codebook_size=1024, height=16, width=16)
+        image = FirstStage(VQ(VQConfig()), "image", data.Preparation(256), {})
+        gpt = GPT(GPTConfig(layout.vocab_size, layout.block_size)).to(device)
+        prior = Prior(gpt, layout, {"image": image}, (), {})
+        image.vq.to(device)
+    else:
+        prior = Prior.load(config.checkpoint, device, config.n_head)
+    condition = torch.zeros(config.batch_size, prior.layout.condition_length, dtype=torch.int64)
+    condition = condition if prior.condition else None
+    T, times = sum(prior.layout.lengths), {}
+    for cached in (True, False):
+        for attempt in range(2):  # the first warms up
+            began = time.perf_counter()
+            tokens = prior.sample(config.batch_size, condition, None, config.sampling, cached=cached)
+            prior.pictures(tokens).sum().item()  # waits for the GPU
+            times[cached] = time.perf_counter() - began
+        rate = config.batch_size / times[cached]
+        print(f"{'cached' if cached else 'uncached'}: {config.batch_size} pictures of {T} tokens in "
+              f"{times[cached]:.3f} s · {rate:.2f} pictures/s · {run.si(rate * T)} tokens/s · {device}",
+              flush=True)
+    print(f"the cache is {times[False] / times[True]:.1f} times as fast")
 
 
 if __name__ == "__main__":

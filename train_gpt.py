@@ -1,15 +1,14 @@
-"""Train the second stage: a GPT that writes grids of codes in one of five orders (§2, §3, §A.1).
+"""Train the second stage: a GPT over grids of codes in one of five orders, after any condition (§2 to §4).
 
-    python train_gpt.py --order spiral                        the drawn scenes, about 4 minutes on 2 CPU cores
-    python train_gpt.py --preset cifar10 --data-dir data      CIFAR-10 as in §2
+    python train_gpt.py --order spiral                        the drawn scenes, under 5 minutes on 2 CPU cores
+    python train_gpt.py --condition segmentation              masks → pictures; also class, depth, pose
+    python train_gpt.py --multiscale                          coarse to fine, §3
     python train_gpt.py --data folder --data-dir my_pictures  your own pictures
     torchrun --nproc-per-node 4 train_gpt.py --preset paper   several GPUs
 
-Trains the first stage before if there is none. Leaves checkpoint.pt, log.jsonl and pictures (samples) in
+Trains the first stages that are missing. Leaves checkpoint.pt, log.jsonl, samples and a map of the loss in
 --out. Ctrl-C saves; --resume goes on.
 """
-import hashlib
-import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,18 +22,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import run
-import taming
 import train_vq
-from gpt import GPT, GPTConfig, check_sampling
-from orderings import ORDERINGS, roll_up, unroll
-from vq import VQ, VQConfig, entropy
+from checkpoints import save_checkpoint, set_random_state
+from gpt import GPT, GPTConfig
+from orderings import ORDERINGS, TokenLayout
+from stages import CodeCache, FirstStage, Prior, Sampling, Stages
+from vq import entropy
+
+CONDITIONS = ("none", "class", "segmentation", "depth", "pose")
+MAPS = CONDITIONS[2:]  # with a first stage of their own
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The defaults are the paper's; `PRESETS` says what differs. Raises ValueError for unworkable values."""
     preset: str = "paper"  # demo, cifar10 or paper: which set of defaults the other flags change
-    out: str = ""  # folder of this run; empty: runs/gpt-PRESET-DATA-ORDER
+    out: str = ""  # folder of this run; empty: runs/gpt-PRESET-DATA-ORDER, with -CONDITION and -multiscale
     resume: bool = False  # go on from checkpoint.pt in that folder
     seed: int = 0  # of the weights, the order of the pictures, dropout and the sampled pictures
     device: str = "auto"  # cpu, cuda, cuda:1, …; auto: a GPU if there is one
@@ -43,14 +46,20 @@ class TrainConfig:
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
     workers: int = -1  # processes that prepare pictures for the encoder; -1: as many as help
     vq: str = ""  # first stage: by train_vq.py, or the authors' (vqgan.ckpt); empty: runs/vq-PRESET-DATA/
-    views: int = 1  # cached versions of each training picture: plain, then cropped or flipped as in training
+    views: int = 1  # encodings of each training picture: not augmented, then cropped or flipped at random
     codes_dir: str = "runs/codes"  # folder of the code cache, which all runs share
 
-    order: str = "row"  # row, spiral, zcurve, subsample or alternate: how the grid is unrolled, §3, Fig. 2
+    order: str = "row"  # row, spiral, zcurve, subsample or alternate: how a grid is unrolled, §3, Fig. 2
+    multiscale: bool = False  # coarse to fine: grids of all smaller powers of two come first, §3
+    condition: str = "none"  # class, segmentation, depth or pose: its tokens come before the image's, §4
+    condition_vq: str = ""  # first stage of a condition map; empty: runs/vq-PRESET-DATA-CONDITION/
+    condition_dropout: float = 0.0  # share of training sequences without their condition, for guidance
+
     n_layer: int = GPTConfig.n_layer  # layers, §A.1
     n_head: int = GPTConfig.n_head  # attention heads
     n_embd: int = GPTConfig.n_embd  # width
     dropout: float = GPTConfig.dropout  # share of activations dropped in training
+    gelu: str = GPTConfig.gelu  # tanh: GPT-2's approximation; none: the exact function, faster on a CPU
 
     steps: int = 500_000  # training steps; the paper gives none
     batch_size: int = 12  # pictures per step, over all processes, §A.1
@@ -63,48 +72,60 @@ class TrainConfig:
     decay: bool = False  # let lr fall to a twentieth along a cosine
 
     temperature: float = 1.0  # of the sampled pictures, §A.1
-    top_k: int = 100  # likeliest codes that are sampled from, §A.1; 0: all
+    top_k: int = 100  # most probable codes that are sampled from, §A.1; 0: all
     log_every: int = 100  # steps between two status lines
     eval_every: int = 5000  # steps between two evaluations on all validation pictures, each with samples
     checkpoint_every: int = 5000  # steps between two checkpoints
 
     KIND = "gpt"
-    CHANGEABLE = ("out", "resume", "device", "workers", "codes_dir", "steps", "lr", "temperature", "top_k",
-                  "log_every", "eval_every", "checkpoint_every")
+    CHANGEABLE = ("out", "resume", "device", "data_dir", "workers", "codes_dir", "steps", "lr", "temperature",
+                  "top_k", "log_every", "eval_every", "checkpoint_every")
 
     def __post_init__(self):
+        run.check_training(self)
         run.check_choice("data", self.data, data.DATASETS)
         run.check_choice("order", self.order, ORDERINGS)
-        run.check_at_least(self, 1, "views", "steps", "batch_size", "log_every", "eval_every",
-                           "checkpoint_every")
-        run.check_at_least(self, 0, "seed", "lr", "weight_decay", "clip", "warmup_steps")
-        run.check_at_least(self, -1, "workers")
-        run.check_betas(self)
-        check_sampling(self.temperature, self.top_k, top_p=1.0)
-        self.model(codebook_size=1, length=1)
+        run.check_choice("condition", self.condition, CONDITIONS)
+        run.check_at_least(self, 1, "views")
+        run.check_at_least(self, 0, "weight_decay", "clip")
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(f"condition_dropout is {self.condition_dropout}; it must lie in [0, 1)")
+        if self.condition != "none":
+            data.check_offered(self.data, self.condition)
+        self.sampling
+        self.model(TokenLayout(codebook_size=1, height=1, width=1))
 
     @property
     def folder(self) -> Path:
-        return Path(self.out or f"runs/gpt-{self.preset}-{self.data}-{self.order}")
+        condition = "" if self.condition == "none" else f"-{self.condition}"
+        scales = "-multiscale" if self.multiscale else ""
+        return Path(self.out or f"runs/gpt-{self.preset}-{self.data}-{self.order}{condition}{scales}")
 
     @property
-    def first_stage(self) -> Path:
-        return Path(self.vq or f"runs/vq-{self.preset}-{self.data}/checkpoint.pt")
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k)
 
-    def model(self, codebook_size: int, length: int) -> GPTConfig:
-        """One token more than there are codes, the start token; positions for it and all codes but one."""
-        return GPTConfig(codebook_size + 1, length, self.n_layer, self.n_head, self.n_embd, self.dropout)
+    def model(self, layout: TokenLayout) -> GPTConfig:
+        return GPTConfig(layout.vocab_size, layout.block_size, self.n_layer, self.n_head, self.n_embd,
+                         self.dropout, self.gelu)
+
+    def without_effect(self) -> list[tuple[bool, str, str]]:
+        """Flags that do nothing if the first value is true, and why."""
+        return [
+            (self.data == "scenes", "data_dir", "the scenes are drawn, not read"),
+            (self.condition not in MAPS, "condition_vq", "only segmentation, depth and pose have one"),
+            (self.condition == "none", "condition_dropout", "there is no condition to drop; add --condition")]
 
 
 PRESETS = {
-    "demo": TrainConfig(
-        preset="demo", data="scenes", data_dir="data", n_layer=4, n_head=4, n_embd=160, dropout=0.0,
+    "demo": TrainConfig(  # 2 CPU cores: 2 minutes, 4 with a map as condition, and 1 for each first stage
+        preset="demo", data="scenes", data_dir="data", n_layer=4, n_head=4, n_embd=160, gelu="none",
         steps=2600, batch_size=16, lr=2e-3, weight_decay=0.1, clip=1.0, warmup_steps=100, decay=True,
-        log_every=100, eval_every=650, checkpoint_every=650),
+        eval_every=1300, checkpoint_every=650),
     "cifar10": TrainConfig(
         preset="cifar10", data="cifar10", data_dir="data", views=2, n_layer=12, n_head=8, n_embd=256,
-        dropout=0.1, steps=40_000, batch_size=128, lr=1e-3, weight_decay=0.1, clip=1.0, warmup_steps=500,
-        decay=True, eval_every=2500, checkpoint_every=1000),
+        dropout=0.1, gelu="none", steps=40_000, batch_size=128, lr=1e-3, weight_decay=0.1, clip=1.0,
+        warmup_steps=500, decay=True, eval_every=2500, checkpoint_every=1000),
     "paper": TrainConfig(),
 }
 
@@ -115,214 +136,224 @@ def main(argv: list[str] | None = None) -> Path:
     process = run.start(config.device, config.seed)
     device, rank, world = process
     run.check_shared_evenly(config.batch_size, world)
-    path = config.folder / "checkpoint.pt"
 
-    first_stage = open_first_stage(config, checkpoint, process)
-    vq = VQ(VQConfig(**first_stage["model_config"])).to(device)
-    vq.load_state_dict(first_stage["model"])
-    side = first_stage["config"]["image_size"] // vq.config.downsampling
-    p = ORDERINGS[config.order](side, side)  # (T,)
-    codes, validation_codes = encode_pictures(config, vq, first_stage, process)  # (N, h, w) each
-    K, (h, w) = vq.config.codebook_size, codes.shape[1:]
-    unigram = entropy(torch.from_numpy(np.bincount(validation_codes.flatten(), minlength=K)))
-    config.folder.mkdir(parents=True, exist_ok=True)
+    # The frozen first stages, and each picture's codes, which are computed once and cached.
+    stages = open_stages(config, checkpoint, process)
+    training, validation, classes, trained_on = encode_pictures(config, stages, checkpoint, process)
+    layout = token_layout(config, stages, classes)
 
-    torch.manual_seed(config.seed)  # again: the weights must not depend on whether a first stage was trained
-    model_config = config.model(K, length=h * w)
-    gpt = GPT(model_config).to(device)
+    # Seeded again: the weights must not depend on whether a first stage was trained just before.
+    torch.manual_seed(config.seed)
+    gpt = GPT(config.model(layout)).to(device)
     model = DistributedDataParallel(gpt) if world > 1 else gpt
+    prior = Prior(gpt, layout, stages, classes, trained_on)
     optimizer = torch.optim.AdamW(parameter_groups(gpt, config.weight_decay), config.lr,
-                                  betas=(config.beta1, config.beta2), fused=device.type == "cuda")
-    first_step = checkpoint["step"] if checkpoint else 0
+                                  betas=(config.beta1, config.beta2), fused=True)
+    first_step = 0
     if checkpoint:
+        first_step = checkpoint["step"]
         gpt.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        run.set_random_state(checkpoint["random"])
-
-    def save(step: int):
-        if rank == 0:
-            run.save_checkpoint(path, {
-                "kind": "gpt", "config": asdict(config), "model_config": asdict(model_config),
-                "model": gpt.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                "random": run.random_state(), "grid": [h, w], "first_stage": first_stage})
+        set_random_state(checkpoint["random"])
 
     if rank == 0:
-        parameters = sum(weight.numel() for weight in gpt.parameters())
-        print(f"second stage: {len(codes):,} training and {len(validation_codes):,} validation grids of "
-              f"{h}×{w} codes in the order {config.order} · {parameters:,} parameters · {device} · "
-              f"{config.folder}\nwhat is good: {math.log(K):.3f} nats/token is a uniform guess, "
-              f"{unigram:.3f} knows how frequent each code is", flush=True)
-    log = run.Log(config.folder, process, first_step, config.steps)
-    order = data.training_order(len(codes), config.batch_size, config.seed, first_step, rank, world)
-    picture, scores_text = "nothing was left to do", ""
+        describe(config, prior, training, validation, device)
+    count, T = len(training["image"]), sum(layout.lengths)
+    order = data.training_order(count, config.batch_size, config.seed, first_step, rank, world)
+    log = run.Log(config, process, first_step, "tokens", config.batch_size * T)
+    scores, samples_path = {}, None
 
-    with run.stop_signal(process) as stopping:
-        for step in range(first_step + 1, config.steps + 1):
-            lr = run.learning_rate(config, step - 1)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            tokens = as_tokens(codes[[index for index, _ in next(order)]], p, K).to(device)  # (B, 1 + T)
-            with process.autocast():
-                loss = next_token_loss(model(tokens[:, :-1]), tokens)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if config.clip:
-                nn.utils.clip_grad_norm_(gpt.parameters(), config.clip)
-            optimizer.step()
-            log.add(train=loss)
+    for step, due in run.steps(config, process, first_step):
+        lr = run.set_learning_rate(optimizer, config, step)
+        index = [index for index, _ in next(order)]
+        tokens = prior.tokens(training, index, config.condition_dropout)  # (B, P + T)
+        with run.autocast(device):
+            loss = layout.loss(model(tokens[:, :-1]), tokens).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if config.clip:
+            nn.utils.clip_grad_norm_(gpt.parameters(), config.clip)
+        optimizer.step()
+        log.add({"train": loss})
 
-            last, stop = step == config.steps, stopping()
-            evaluating = step % config.eval_every == 0 or last
-            saving = step % config.checkpoint_every == 0 or last or stop
-            if evaluating:
-                picture = config.folder / f"step-{step:06d}.png"
-                with log.aside():
-                    scores = {"val": evaluate(gpt, validation_codes, p, config, process), "unigram": unigram}
-                    if rank == 0:
-                        samples = sample(gpt, vq, p, (h, w), config, process)
-                        run.save_picture(run.picture_grid(samples, columns=8), picture)
-                scores_text = f" · val {scores['val']:.3f}"
-            if evaluating or saving or step % config.log_every == 0:
-                means = log.means()
-                text = f"train {means['train']:.3f} nats/token{scores_text} · lr {lr:.1e}"
-                numbers = means | {"lr": lr} | (scores if evaluating else {})
-                log.line(step, text, numbers, "tokens", config.batch_size * h * w)
-            if saving:
-                save(step)
-            if stop and not last:
-                raise KeyboardInterrupt(f"stopped after step {step} of {config.steps}; {path} is saved, "
-                                        "--resume goes on")
+        # A diverged run ends at the means or scores, before it is sampled from or saved.
+        if due.log:
+            means = log.means()
+        if due.evaluate:
+            with log.untimed():
+                scores = evaluate(prior, validation, config, process)
+                samples_path = config.folder / f"step-{step:06d}.png"
+                if rank == 0:
+                    draw_samples(prior, validation, config, samples_path)
+                    draw_loss_map(scores["val_by_cell"], config.folder / "loss-map.png")
+        if due.log:
+            text = f"train {means['train']:.3f} nats/token{status_text(scores, layout)} · lr {lr:.1e}"
+            log.line(step, text, means | {"lr": lr} | (scores if due.evaluate else {}))
+        if due.save and rank == 0:
+            save_checkpoint(config, step, prior.state() | {"optimizer": optimizer.state_dict()})
+
+    path = config.folder / "checkpoint.pt"
     if rank == 0:
-        print(f"done in {log.elapsed()} · {path} · {picture}")
+        print(f"done in {log.elapsed()} · {path} · {samples_path or 'no step was left'}")
     return path
 
 
-def open_first_stage(config: TrainConfig, checkpoint: dict | None, process: run.Process) -> dict:
-    """The first stage's config and weights, and their hash.
+def open_stages(config: TrainConfig, checkpoint: dict | None, process: run.Process) -> Stages:
+    """The image's first stage and the condition's, None for a class; those that are missing are trained now.
 
-    Out of a run that goes on if the file is gone, else from its own checkpoint, trained if need be.
+    A run that goes on uses the copies in its checkpoint, whatever lies on the disk.
     """
-    path = config.first_stage
-    if checkpoint is None and not config.vq and not finished(path):
-        process.wait_for_all()  # nobody writes the file before all have seen that it is not there
+    if checkpoint:
+        stages = Prior.from_state(checkpoint).stages
+    else:
+        stages = {"image": FirstStage.load(config.vq or train_first_stage(config, "image", process))}
+        if config.condition in MAPS:
+            path = config.condition_vq or train_first_stage(config, config.condition, process)
+            stages[config.condition] = FirstStage.load(path, config.condition)
+        elif config.condition == "class":
+            stages["class"] = None
+    for stage in filter(None, stages.values()):
+        stage.vq.to(process.device)
+    return stages
+
+
+def train_first_stage(config: TrainConfig, field: str, process: run.Process) -> Path:
+    """The checkpoint of this preset's first stage of a field, trained to its end if it is not there."""
+    folder = replace(train_vq.PRESETS[config.preset], data=config.data, target=field, out="").folder
+    path = folder / "checkpoint.pt"
+    finished = FirstStage.is_finished(path)
+    process.wait_for_all()  # nobody writes the file before all have looked
+    if not finished:
         if process.rank == 0:
-            print(f"no finished first stage in {path.parent}: training it first", flush=True)
-        resume = ["--resume"] if path.exists() else []
-        train_vq.main(["--preset", config.preset, "--data", config.data, "--data-dir", config.data_dir,
-                       "--device", config.device, "--workers", str(config.workers), "--out", str(path.parent),
-                       *resume])
+            print(f"no finished first stage in {folder}: training it first", flush=True)
+        flags = ["--preset", config.preset, "--data", config.data, "--target", field,
+                 "--device", config.device, "--workers", str(config.workers)]
+        flags += ["--resume"] if path.exists() else []
+        train_vq.main(flags + ([] if config.data == "scenes" else ["--data-dir", config.data_dir]))
         process.wait_for_all()
-    if checkpoint is not None and not path.exists():
-        return checkpoint["first_stage"]  # moved or removed since, but a run keeps a copy
-    found = released_first_stage(path) if taming.recognizes(path) else run.load_checkpoint(path, "vq")
-    target, channels = found["config"].get("target", "image"), found["model_config"]["image_channels"]
-    if target != "image" or channels != 3:
-        raise ValueError(f"{path} is a first stage of another target ({target}, {channels} channels); "
-                         "name one of pictures with --vq")
-    first_stage = {key: found[key] for key in ("config", "model_config", "model")}
-    first_stage |= {"path": str(path), "hash": weights_hash(found["model_config"], found["model"])}
-    if checkpoint is not None and checkpoint["first_stage"]["hash"] != first_stage["hash"]:
-        raise ValueError(
-            f"{path} is not the first stage that the run in {config.folder} was trained on; start another "
-            "run with --out, or move that file away to go on with the copy in the run's checkpoint")
-    trained_on = found["config"]["data_dir"]
-    if (config.data in data.LAYOUTS and not config.vq
-            and Path(trained_on).resolve() != Path(config.data_dir).resolve()):
-        raise ValueError(f"{path} was trained on {trained_on}, not on {config.data_dir}: name it with --vq "
-                         "to use it all the same, or train another with train_vq.py --out and name that")
-    return first_stage
+    stage = FirstStage.load(path, field)
+    if not data.same_pictures(config.data, config.data_dir, stage.preparation, stage.trained_on):
+        raise ValueError(f"{path} was trained on {stage.trained_on['data_dir']}, not on {config.data_dir}: "
+                         f"name it with --{'vq' if field == 'image' else 'condition-vq'} to use it all the "
+                         "same, or train another with train_vq.py --out and name that")
+    return path
 
 
-def released_first_stage(path: Path) -> dict:
-    """What a file of the authors' has in common with a checkpoint of train_vq.py: config and weights.
+def encode_pictures(config: TrainConfig, stages: Stages, checkpoint: dict | None,
+                    process: run.Process) -> tuple[dict, dict, tuple[str, ...], dict]:
+    """Codes of all training and validation pictures by field, (N, h, w) uint16 or labels (N,); see CodeCache.
 
-    It does not tell the size of the pictures. 16×16 codes are assumed, which is 256×256 for all of f16.
-    Smaller ones are enlarged, as the authors' data sets do.
+    Also the names of the classes, and what the data set is recognized by. Image and condition of a picture
+    are read together, so that crop and flip agree.
     """
-    vq = VQ.from_taming(path)
-    known = {name: value for name, value in asdict(vq.config).items() if hasattr(train_vq.TrainConfig, name)}
-    config = replace(train_vq.TrainConfig(), data_dir="", image_size=16 * vq.config.downsampling, **known)
-    return {"config": asdict(config), "model_config": asdict(vq.config), "model": vq.state_dict()}
+    image, condition = stages["image"], stages.get(config.condition)
+    preparation = replace(image.preparation, fields=tuple(stages))
+    if condition:
+        if condition.preparation.size != preparation.size:
+            raise ValueError(f"the first stage of images was trained at {preparation.size} pixels, that of "
+                             f"{config.condition} at {condition.preparation.size}; they must agree")
+        preparation = replace(preparation, void_label=condition.preparation.void_label,
+                              segments=condition.preparation.segments)
+    cache = CodeCache(Path(config.codes_dir), config.seed, config.views)
+    datasets = {split: data.open_dataset(config.data, config.data_dir, split, preparation)
+                for split in ("train", "val")}
+    trained_on = data.describe_origin(config, datasets["train"], checkpoint)
+    workers = data.worker_count(config.workers, config.data)
+    training, validation = (cache.codes(split, dataset, stages, process, workers)
+                            for split, dataset in datasets.items())
+    return training, validation, datasets["train"].classes, trained_on
 
 
-def weights_hash(model_config: dict, weights: dict[str, Tensor]) -> str:
-    """SHA-256 of a network: of its config and of every weight's name and value."""
-    digest = hashlib.sha256(json.dumps(model_config, sort_keys=True).encode())
-    for name, weight in sorted(weights.items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def finished(path: Path) -> bool:
-    if not path.exists():
-        return False
-    checkpoint = run.load_checkpoint(path, "vq")
-    return checkpoint["step"] >= checkpoint["config"]["steps"]
-
-
-def encode_pictures(config: TrainConfig, vq: VQ, first_stage: dict,
-                    process: run.Process) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of the training pictures, all views, and of the validation pictures, cached: (N, h, w) uint16."""
-    options = first_stage["config"]
-    side = options["image_size"] // vq.config.downsampling
-    caches = []
-    for split, views in (("train", config.views), ("val", 1)):
-        dataset = data.open_dataset(config.data, config.data_dir, split, options["image_size"],
-                                    options["flip"], options["upscale"])
-        codes = data.code_cache(
-            Path(config.codes_dir), dataset, views, config.seed, first_stage["hash"], vq.encode, (side, side),
-            batch_size=64, device=process.device, workers=data.worker_count(config.workers, config.data),
-            rank=process.rank, world=process.world)
-        caches.append(codes.reshape(-1, side, side))  # (views, N, h, w) → (views * N, h, w)
-    return tuple(caches)
+def token_layout(config: TrainConfig, stages: Stages, classes: tuple[str, ...]) -> TokenLayout:
+    """The image's tokens behind the condition's; a null token where something must stand for no condition."""
+    image, condition = stages["image"], stages.get(config.condition)
+    scales = tuple(2**i for i in range(int(math.log2(image.side)) + 1) if 2**i < image.side)
+    return TokenLayout(
+        image.codebook_size, image.side, image.side, config.order, scales if config.multiscale else (),
+        condition.codebook_size if condition else len(classes),
+        condition.side**2 if condition else int(config.condition == "class"),
+        null_token=config.condition == "none" or config.condition_dropout > 0)
 
 
 def parameter_groups(gpt: GPT, weight_decay: float) -> list[dict]:
-    """Weights of linear layers decay; biases, norms and embeddings do not."""
+    """Weights of linear layers decay, the head's too; biases, norms and embeddings do not."""
     linear = [module.weight for module in gpt.modules() if isinstance(module, nn.Linear)]
     chosen = {id(weight) for weight in linear}
     others = [parameter for parameter in gpt.parameters() if id(parameter) not in chosen]
     return [{"params": linear, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def as_tokens(codes: np.ndarray, p: Tensor, start_token: int) -> Tensor:
-    """Grids for the GPT: (B, h, w) → (B, 1 + T) int64, start token, then the codes in the order p (T,)."""
-    sequence = unroll(torch.from_numpy(codes.astype(np.int64)), p)  # (B, T)
-    return F.pad(sequence, (1, 0), value=start_token)
-
-
-def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy, nats per image token: logits (B, T, V) against tokens[:, 1:], no start token."""
-    return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+def describe(config: TrainConfig, prior: Prior, training: dict, validation: dict, device: torch.device):
+    """The first lines on screen: sizes, and the baselines that a loss is to be compared with."""
+    layout, K = prior.layout, prior.layout.codebook_size
+    parameters = sum(weight.numel() for weight in prior.gpt.parameters())
+    sizes = " + ".join(f"{h}×{w}" for h, w in layout.sizes)
+    condition = f"{layout.condition_length} tokens of {config.condition} before " if prior.condition else ""
+    unigram = entropy(torch.from_numpy(np.bincount(validation["image"].flatten(), minlength=K)))
+    print(f"second stage: {len(training['image']):,} training and {len(validation['image']):,} validation "
+          f"pictures · {condition}{sizes} codes in the order {config.order} · {layout.vocab_size:,} tokens, "
+          f"{layout.block_size} positions, {parameters:,} parameters · {device} · {config.folder}\n"
+          f"baselines: {math.log(K):.3f} nats/token for a uniform guess, {unigram:.3f} for the frequency of "
+          "each code", flush=True)
 
 
 @torch.no_grad()
-def evaluate(gpt: GPT, codes: np.ndarray, p: Tensor, config: TrainConfig, process: run.Process) -> float:
-    """Nats per token over all validation grids."""
-    gpt.eval()
-    nats = torch.zeros(2, dtype=torch.float64, device=process.device)  # sum over pictures, number of pictures
-    for batch in data.fixed_order(len(codes), config.batch_size, rank=process.rank, world=process.world):
-        grids = codes[[index for index, _ in batch]]  # (B, h, w)
-        tokens = as_tokens(grids, p, gpt.config.vocab_size - 1).to(process.device)  # (B, 1 + T)
-        with process.autocast():
-            nats[0] += next_token_loss(gpt(tokens[:, :-1]), tokens) * len(tokens)
-        nats[1] += len(tokens)
-    gpt.train()
-    total, pictures = process.total(nats).tolist()
-    return total / pictures
+def evaluate(prior: Prior, codes: dict[str, np.ndarray], config: TrainConfig, process: run.Process) -> dict:
+    """Nats per token over all validation pictures: the mean, by scale, by cell, and without the condition.
+
+    Raises ValueError if the model has diverged.
+    """
+    layout, count = prior.layout, len(codes["image"])
+    dropouts = (0.0, 1.0) if config.condition_dropout else (0.0,)
+    nats = torch.zeros(len(dropouts), sum(layout.lengths), device=process.device).double()  # (1 or 2, T)
+    prior.gpt.eval()
+    for batch in data.fixed_order(count, config.batch_size, rank=process.rank, world=process.world):
+        for i, dropout in enumerate(dropouts):
+            tokens = prior.tokens(codes, [index for index, _ in batch], dropout)  # (B, P + T)
+            with run.autocast(process.device):
+                nats[i] += layout.loss(prior.gpt(tokens[:, :-1]), tokens).sum(0)
+    prior.gpt.train()
+    nats = process.total(nats) / count
+    scores = {"val": nats[0].mean().item(), "nats_per_picture": nats[0].sum().item()}
+    run.check_finite(scores)
+    if config.condition_dropout:
+        scores["val_null"] = nats[1].mean().item()
+    grids = [grid[0] for grid in layout.grids(nats[:1])]  # (h, w) each
+    if layout.scales:
+        scores |= {f"val_{len(grid)}": grid.mean().item() for grid in grids}
+    return scores | {"val_by_cell": [grid.round(decimals=4).tolist() for grid in grids]}
 
 
-def sample(gpt: GPT, vq: VQ, p: Tensor, grid: tuple[int, int], config: TrainConfig,
-           process: run.Process) -> Tensor:
-    """32 pictures, with the same random numbers at each evaluation: (32, C, H, W)."""
-    start_token = gpt.config.vocab_size - 1
-    prefix = torch.full((32, 1), start_token, device=process.device)
-    generator = torch.Generator(process.device).manual_seed(config.seed)
-    with process.autocast():
-        tokens = gpt.generate(prefix, len(p), config.temperature, config.top_k, generator,
-                              sampled_tokens=start_token)
-        return vq.decode(roll_up(tokens[:, 1:], p.to(tokens.device), *grid))
+def status_text(scores: dict, layout: TokenLayout) -> str:
+    """The status line's account of the last evaluation."""
+    text = f" · val {scores['val']:.3f}" if scores else ""
+    if "val_null" in scores:
+        text += f" (without condition {scores['val_null']:.3f})"
+    if scores and layout.scales:
+        each = ", ".join(f"{h}×{w} {scores[f'val_{h}']:.3f}" for h, w in layout.sizes)
+        text += f" ({each}; {scores['nats_per_picture']:.1f} nats/picture)"
+    return text
+
+
+def draw_samples(prior: Prior, validation: dict[str, np.ndarray], config: TrainConfig, path: Path):
+    """32 samples, or rows of 4 to each of 8 validation conditions; the same random numbers each time."""
+    device = prior.device
+    generator = torch.Generator(device).manual_seed(config.seed)
+    if prior.condition is None:
+        pictures, columns = prior.pictures(prior.sample(32, None, None, config.sampling, generator)), 8
+    else:
+        condition = torch.from_numpy(validation[prior.condition][:8].astype(np.int64))
+        pictures = prior.rows(condition, 4, config.sampling, generator)
+        columns = len(pictures) // len(condition)
+    data.save_picture(data.picture_grid(pictures, columns), path)
+
+
+def draw_loss_map(cells: list[list[list[float]]], path: Path):
+    """Which cells are hard to predict: a panel for each grid of nats (h, w), the brighter the more."""
+    grids = [torch.tensor(grid)[None, None] for grid in cells]  # (1, 1, h, w) each
+    most = max(grid.max() for grid in grids)
+    panels = [F.interpolate(grid / most * 2 - 1, size=grids[-1].shape[2:], mode="nearest") for grid in grids]
+    data.save_picture(data.picture_grid(torch.cat(panels), len(panels), side=256), path)
 
 
 if __name__ == "__main__":

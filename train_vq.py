@@ -1,17 +1,18 @@
 """Train the first stage: pictures → a grid of codes → pictures (§2, §A.1).
 
-    python train_vq.py                                        the drawn scenes, about 2 minutes on 2 CPU cores
+    python train_vq.py                                        the drawn scenes, about a minute on 2 CPU cores
     python train_vq.py --preset cifar10 --data-dir data       CIFAR-10 as in §2
     python train_vq.py --data folder --data-dir my_pictures   your own pictures
     python train_vq.py --target depth                         the first stage of a condition, §4
     torchrun --nproc-per-node 4 train_vq.py --preset paper    several GPUs
 
 Leaves checkpoint.pt, log.jsonl and pictures in --out: inputs above reconstructions, and the use of each code
-(bright: often, red: never). Ctrl-C saves; --resume goes on. layouts.py says which files are looked for.
+(bright: often, red: never). Ctrl-C saves; --resume goes on. files.py says which files are looked for.
 """
 import itertools
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,9 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import run
-from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, autoencoder_loss,
-                    score_sums)
-from vq import VQ, VQConfig, as_vectors, codebook_use, colours_of_use
+from checkpoints import save_checkpoint, set_random_state
+from data import Preparation
+from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, mask_loss, mask_scores,
+                    picture_loss, picture_scores)
+from vq import VQ, VQConfig, as_vectors, codebook_use
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,19 @@ class TrainConfig:
     codebook_size: int = VQConfig.codebook_size  # K, codes to choose from, §A.1
     code_width: int = VQConfig.code_width  # D, numbers per code, §A.1
     commitment_weight: float = VQConfig.commitment_weight  # beta, pull of the encoder towards its code, §A.1
-    restart_every: int = 100  # steps after which codes that were not used move onto encoder outputs; 0: never
+    restart_every: int = 100  # steps after which dead codes, unused since, are reinitialized; 0: never
 
     perceptual: str = "vgg16"  # LPIPS beside L1, §A.1, by vgg16 or alexnet; or none, as always for masks
     perceptual_weights: str = ""  # file of LPIPS weights; empty: fetched once, 553 MB (alexnet: 244 MB)
-    perceptual_weight: float = 1.0  # of LPIPS; 0: only measured. As the next three: the authors' release
-    discriminator_weight: float = 0.8  # of its gradient beside that of L1 + LPIPS; 0: none, as for masks
-    discriminator_start: float = 0.5  # share of the steps after which the autoencoder hears it; 1: never
-    discriminator_warmup: float = 0.02  # share of the steps, before its start, in which it trains unheard
-    discriminator_ramp: float = 0.1  # share of the steps, from its start on, over which its weight grows
+    perceptual_weight: float = 1.0  # of LPIPS; 0: only measured. As the next: the authors' release
+    discriminator_weight: float = 0.8  # of the adversarial loss, times λ; 0: none, as for masks
+    discriminator_start: float = 0.5  # step, or share of the steps below 1, from which it trains
+    discriminator_ramp: float = 0.1  # steps, or share of the steps below 1, in which its weight grows from 0
     discriminator_layers: int = 3  # its depth: 3 judges patches of 70×70 pixels, 2 of 34×34, 1 of 16×16
 
     steps: int = 500_000  # training steps; the paper gives none
     batch_size: int = 12  # pictures per step, over all processes, §A.1
-    accumulate: int = 1  # parts of each process's share, each with its own λ, that pass singly: less memory
-    gradient_checkpointing: bool = False  # compute parts again in the backward pass, to save memory
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass, to save memory
     lr: float = 12 * 4.5e-6  # learning rate, §A.1
     beta1: float = 0.5  # of Adam; this and the next as in the authors' released model
     beta2: float = 0.9  # of Adam
@@ -76,28 +77,26 @@ class TrainConfig:
     checkpoint_every: int = 5000  # steps between two checkpoints
 
     KIND = "vq"
-    CHANGEABLE = ("out", "resume", "device", "workers", "perceptual_weights", "gradient_checkpointing",
-                  "steps", "lr", "log_every", "eval_every", "checkpoint_every")
+    CHANGEABLE = ("out", "resume", "device", "data_dir", "workers", "perceptual_weights",
+                  "gradient_checkpointing", "steps", "lr", "log_every", "eval_every", "checkpoint_every")
 
     def __post_init__(self):
+        run.check_training(self)
         run.check_choice("data", self.data, data.DATASETS)
         data.check_offered(self.data, self.target)
+        run.check_choice("target", self.target, ("image", "segmentation", "depth", "pose"))
         run.check_choice("perceptual", self.perceptual, ("none", *SMALLEST))
-        run.check_at_least(self, 1, "image_size", "discriminator_layers", "steps", "batch_size", "accumulate",
-                           "log_every", "eval_every", "checkpoint_every")
-        run.check_at_least(self, 0, "seed", "segments", "void_label", "restart_every", "perceptual_weight",
-                           "discriminator_weight", "discriminator_start", "discriminator_warmup",
-                           "discriminator_ramp", "lr", "warmup_steps")
-        run.check_at_least(self, -1, "workers")
-        run.check_betas(self)
-        for name, most, reason in (("codebook_size", 65536, "codes are stored in 16 bits"),
-                                   ("segments", data.NO_LABEL, "labels end at 254")):
+        run.check_at_least(self, 1, "image_size", "discriminator_layers")
+        run.check_at_least(self, 0, "segments", "void_label", "restart_every", "perceptual_weight",
+                           "discriminator_weight", "discriminator_start", "discriminator_ramp")
+        for name, most in (("codebook_size", 2**16), ("segments", data.NO_LABEL),  # kept in 16 and 8 bits
+                           ("discriminator_start", 1e12), ("discriminator_ramp", 1e12)):
             if getattr(self, name) > most:
-                raise ValueError(f"{name} is {getattr(self, name)}; {reason}, so it must be at most {most}")
-        if self.image_size % self.model().downsampling:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at most {most:.0f}")
+        f = self.model().downsampling
+        if self.image_size % f:
             raise ValueError(f"image_size is {self.image_size}, which channel_multipliers "
-                             f"{self.channel_multipliers!r} cannot halve evenly; choose a multiple of "
-                             f"{self.model().downsampling}")
+                             f"{self.channel_multipliers!r} cannot halve evenly; choose a multiple of {f}")
         smallest = max(SMALLEST[self.perceptual] if self.perceives else 1,
                        3 * 2**self.discriminator_layers if self.adversarial else 1)
         if self.image_size < smallest:
@@ -114,23 +113,38 @@ class TrainConfig:
 
     @property
     def adversarial(self) -> bool:
-        return self.discriminator_weight > 0 and self.discriminator_start < 1 and not self.one_hot
+        return self.discriminator_weight > 0 and not self.one_hot
 
     @property
-    def discriminator_steps(self) -> tuple[int, int, int]:
-        """The first steps in which the discriminator trains, in which it is heard, and at its full weight."""
-        start = self.discriminator_start
-        shares = (max(0.0, start - self.discriminator_warmup), start, start + self.discriminator_ramp)
-        return tuple(round(share * self.steps) + 1 for share in shares)
+    def discriminator_schedule(self) -> tuple[int, int]:
+        """The first step in which the discriminator trains, and over how many its weight grows."""
+        return tuple(round(value if value >= 1 else value * self.steps) for value in (
+            self.discriminator_start, self.discriminator_ramp))
 
     @property
     def folder(self) -> Path:
         target = "" if self.target == "image" else f"-{self.target}"
         return Path(self.out or f"runs/vq-{self.preset}-{self.data}{target}")
 
+    @property
+    def preparation(self) -> Preparation:
+        return Preparation(self.image_size, (self.target,), self.flip, self.upscale, self.void_label,
+                                self.segments)
+
     def model(self, channels: int = 3) -> VQConfig:
         return VQConfig(channels, self.base_channels, self.channel_multipliers, self.residual_blocks,
                         self.codebook_size, self.code_width, self.commitment_weight)
+
+    def without_effect(self) -> list[tuple[bool, str, str]]:
+        """Flags that do nothing if the first value is true, and why."""
+        return [
+            (self.data == "scenes", "data_dir flip upscale", "the scenes are drawn, not read or augmented"),
+            (not self.one_hot or self.data == "scenes", "segments void_label", "these are no files of masks"),
+            (not self.perceives, "perceptual_weights perceptual_weight",
+             "there is no perceptual loss; add --perceptual vgg16 (masks have none)"),
+            (not self.adversarial, "discriminator_start discriminator_ramp discriminator_layers",
+             "there is no discriminator; add --discriminator-weight 0.1 (masks have none)"),
+            (self.one_hot, "perceptual discriminator_weight", "masks are trained with cross-entropy alone")]
 
 
 PRESETS = {
@@ -153,104 +167,102 @@ def main(argv: list[str] | None = None) -> Path:
     config, checkpoint = run.configure(PRESETS, argv)
     process = run.start(config.device, config.seed)
     device, rank, world = process
-    run.check_shared_evenly(config.batch_size, world, config.accumulate)
-    path = config.folder / "checkpoint.pt"
+    run.check_shared_evenly(config.batch_size, world)
 
-    training, validation = (
-        data.open_dataset(config.data, config.data_dir, split, config.image_size, config.flip, config.upscale,
-                          (config.target,), config.void_label)
-        for split in ("train", "val"))
-    workers = data.worker_count(config.workers, config.data)
+    # The pictures, masks, depth maps or poses to be coded.
+    training, validation = (data.open_dataset(config.data, config.data_dir, split, config.preparation)
+                            for split in ("train", "val"))
+    trained_on = data.describe_origin(config, training, checkpoint)
     perceptual = open_perceptual_loss(config, process)
     model_config = (VQConfig(**checkpoint["model_config"]) if checkpoint
                     else config.model(input_channels(config, training, validation)))
-    config.folder.mkdir(parents=True, exist_ok=True)
+    channels = model_config.image_channels
 
+    # One forward pass of the autoencoder serves its own optimizer and the discriminator's.
     vq = VQ(model_config, config.gradient_checkpointing).to(device)
     model = DistributedDataParallel(vq) if world > 1 else vq
-    optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2),
-                                 fused=device.type == "cuda")
-    adversary = open_adversary(config, vq, process)
-    uses = torch.zeros(config.codebook_size, dtype=torch.int64, device=device)  # (K,) recent uses of a code
-    first_step = checkpoint["step"] if checkpoint else 0
+    optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2), fused=True)
+    adversary = open_adversary(config, channels, process)
+    uses = torch.zeros(config.codebook_size, device=device)  # (K,) since dead codes were reinitialized
+    first_step = 0
     if checkpoint:
+        first_step = checkpoint["step"]
         vq.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         uses.copy_(checkpoint["uses"])
         if adversary:
             adversary.load_state_dict(checkpoint["adversary"], first_step)
-        run.set_random_state(checkpoint["random"])
-
-    def save(step: int):
-        if rank == 0:
-            run.save_checkpoint(path, {
-                "kind": "vq", "config": asdict(config), "model_config": asdict(model_config),
-                "model": vq.state_dict(), "optimizer": optimizer.state_dict(), "uses": uses, "step": step,
-                "adversary": adversary and adversary.state_dict(), "random": run.random_state()})
+        set_random_state(checkpoint["random"])
+    else:
+        initialize_codebook(vq, training, config, process)
 
     if rank == 0:
         parameters = sum(weight.numel() for weight in vq.parameters())
         side = config.image_size // model_config.downsampling
         print(f"first stage: {len(training):,} training and {len(validation):,} validation pictures "
-              f"({config.target}) of {model_config.image_channels}×{config.image_size}×{config.image_size} → "
-              f"{side}×{side} of {config.codebook_size} codes · {parameters:,} parameters · {device} · "
-              f"{config.folder}", flush=True)
+              f"({config.target}) of {channels}×{config.image_size}×{config.image_size} → {side}×{side} of "
+              f"{config.codebook_size} codes · {parameters:,} parameters · {device} · {config.folder}",
+              flush=True)
     order = data.training_order(len(training), config.batch_size, config.seed, first_step, rank, world)
-    batches = data.load(training, order, device, workers, config.target, model_config.image_channels)
-    if first_step == 0:
-        initialize_codebook(vq, training, config, process)
-    log = run.Log(config.folder, process, first_step, config.steps)
-    picture, scores = "nothing was left to do", {}
+    batches = load_inputs(training, order, config, channels, device)
+    log = run.Log(config, process, first_step, "images", config.batch_size)
+    scores, picture_path = {}, None
 
-    with run.stop_signal(process) as stopping:
-        for step in range(first_step + 1, config.steps + 1):
-            lr = run.learning_rate(config, step - 1)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            adversarial_weight = adversary.weight_at(step) if adversary else 0.0
-            trains = adversary if adversary and step >= adversary.trains_from else None
-            optimizer.zero_grad(set_to_none=True)
-            batch = next(batches)  # (B, C, H, W)
-            labelled = process.total(batch.sum()) / world / config.accumulate if config.one_hot else None
-            for images in batch.chunk(config.accumulate):  # (B / accumulate, C, H, W)
-                with process.autocast():
-                    reconstructions, codes, quantization_loss = model(images)  # once, for both optimizers
-                reconstructions = reconstructions.float()
-                loss, parts = autoencoder_loss(images, reconstructions, quantization_loss, perceptual,
-                                               config.perceptual_weight, adversary, adversarial_weight,
-                                               vq.decoder[-1].weight, labelled)
-                (loss / config.accumulate).backward()
-                if trains:
-                    parts |= trains.backward(images, reconstructions, share=1 / config.accumulate)
-                log.add(**parts)
-                uses += process.total(torch.bincount(codes.flatten(), minlength=config.codebook_size))
-            optimizer.step()
-            if trains:
-                trains.step(lr)
+    for step, due in run.steps(config, process, first_step):
+        lr = run.set_learning_rate(optimizer, config, step)
+        images = next(batches)  # (B, C, H, W)
+        with run.autocast(device):
+            reconstructions, codes, quantization_loss = model(images)
+        reconstructions = reconstructions.float()
+        if config.one_hot:
+            labelled = process.total(images.sum()) / world  # pixels with a label weigh alike on all processes
+            loss, parts = mask_loss(images, reconstructions, labelled)
+        else:
+            weight = adversary.weight_at(step) if adversary else 0.0
+            loss, parts = picture_loss(images, reconstructions, perceptual, config.perceptual_weight,
+                                       adversary, weight, vq.decoder[-1].weight)
+        optimizer.zero_grad(set_to_none=True)
+        (loss + quantization_loss).backward()
+        optimizer.step()
+        if adversary and adversary.trains(step):
+            parts |= adversary.train_step(images, reconstructions, lr)
+        uses += process.total(count_codes(codes, config.codebook_size))
+        log.add(parts | {"vq": quantization_loss})
 
-            last, stop = step == config.steps, stopping()
-            evaluating = step % config.eval_every == 0 or last
-            saving = step % config.checkpoint_every == 0 or last or stop
-            if evaluating:
-                picture = config.folder / f"step-{step:06d}.png"
-                with log.aside():
-                    scores = evaluate(vq, perceptual, validation, config, process, picture)
-            if evaluating or saving or step % config.log_every == 0:
-                means = log.means()
-                text = status_text(means, scores, config.codebook_size)
-                numbers = means | {"lr": lr} | (scores if evaluating else {})
-                log.line(step, f"{text} · lr {lr:.1e}", numbers, "images", config.batch_size)
-            if config.restart_every and step % config.restart_every == 0 and not last:
-                restart_dead_codes(vq, optimizer, uses, batch, process)
-                uses.zero_()
-            if saving:
-                save(step)
-            if stop and not last:
-                raise KeyboardInterrupt(f"stopped after step {step} of {config.steps}; {path} is saved, "
-                                        "--resume goes on")
+        # A diverged run ends at the means, before anything is drawn or saved.
+        if due.log:
+            means = log.means()
+        if due.evaluate:
+            with log.untimed():
+                scores, counts = evaluate(vq, perceptual, validation, config, process)
+                picture_path = config.folder / f"step-{step:06d}.png"
+                if rank == 0:
+                    draw_reconstructions(vq, validation, config, device, picture_path)
+                    draw_use(counts, picture_path.with_name(f"{picture_path.stem}-codes.png"))
+        if due.log:
+            log.line(step, f"{status_text(means, scores, config.codebook_size)} · lr {lr:.1e}",
+                     means | {"lr": lr} | (scores if due.evaluate else {}))
+        # Not after the last step: codes would move after they have been measured.
+        if config.restart_every and step % config.restart_every == 0 and step < config.steps:
+            restart_dead_codes(vq, optimizer, uses, images, process)
+            uses.zero_()
+        if due.save and rank == 0:
+            save_checkpoint(config, step, {
+                "model_config": asdict(model_config), "model": vq.state_dict(), "target": config.target,
+                "preparation": asdict(config.preparation), "trained_on": trained_on, "uses": uses,
+                "optimizer": optimizer.state_dict(), "adversary": adversary and adversary.state_dict()})
+
+    path = config.folder / "checkpoint.pt"
     if rank == 0:
-        print(f"done in {log.elapsed()} · {path} · {picture}")
+        print(f"done in {log.elapsed()} · {path} · {picture_path or 'no step was left'}")
     return path
+
+
+def load_inputs(dataset, order: Iterable, config: TrainConfig, channels: int,
+                device: torch.device) -> Iterator[Tensor]:
+    """What the autoencoder sees of each batch of an order, (B, C, H, W); see `data.as_input`."""
+    for batch in data.load(dataset, order, device, data.worker_count(config.workers, config.data)):
+        yield data.as_input(batch[config.target], config.target, channels)
 
 
 def input_channels(config: TrainConfig, training, validation) -> int:
@@ -265,9 +277,6 @@ def input_channels(config: TrainConfig, training, validation) -> int:
 
 
 def open_perceptual_loss(config: TrainConfig, process: run.Process) -> PerceptualLoss | None:
-    if config.perceptual == "none" and config.perceptual_weights:
-        raise run.flag_error("perceptual_weights names a file but perceptual is 'none'; "
-                             "add --perceptual vgg16 or alexnet, whichever it is for")
     if not config.perceives:
         return None
     if process.rank > 0:
@@ -278,36 +287,43 @@ def open_perceptual_loss(config: TrainConfig, process: run.Process) -> Perceptua
     return perceptual
 
 
-def open_adversary(config: TrainConfig, vq: VQ, process: run.Process) -> Adversary | None:
+def open_adversary(config: TrainConfig, channels: int, process: run.Process) -> Adversary | None:
     if not config.adversarial:
         return None
-    with torch.random.fork_rng(devices=[]):  # the autoencoder starts as it would without
-        network = PatchDiscriminator(vq.config.image_channels, layers=config.discriminator_layers)
+    with torch.random.fork_rng(devices=[]):  # the autoencoder has the same initial weights as without
+        network = PatchDiscriminator(channels, layers=config.discriminator_layers)
+    start, ramp = config.discriminator_schedule
     return Adversary(network.to(process.device), config.discriminator_weight, (config.beta1, config.beta2),
-                     config.discriminator_steps, process.world)
+                     start, ramp, process.world)
+
+
+def count_codes(codes: Tensor, codebook_size: int) -> Tensor:
+    """How often each code occurs in codes (B, h, w): (K,) float32. `bincount` would wait for the GPU."""
+    ones = torch.ones(codes.numel(), device=codes.device)
+    return torch.zeros(codebook_size, device=codes.device).index_add_(0, codes.flatten(), ones)
 
 
 def status_text(means: dict[str, float], scores: dict[str, float], codebook_size: int) -> str:
     """The status line's account of the losses that this run has by now, and of the last evaluation."""
-    texts = {"l1": "train L1 {:.4f}", "cross_entropy": "train {:.4f} nats/pixel",
-             "perceptual": " + LPIPS {:.4f}", "vq": " + vq {:.4f}", "lambda": " · λ {:.3g}",
-             "discriminator": " · discriminator {:.3f}", "logits_real": ", logits real {:+.2f}",
-             "logits_fake": " fake {:+.2f}",
-             "val_l1": " · val L1 {:.4f}", "val_cross_entropy": " · val {:.4f} nats/pixel",
-             "val_accuracy": ", {:.2%} of labels right", "val_lpips": " LPIPS {:.4f}",
-             "codes_used": f" · {{}} of {codebook_size} codes in use", "perplexity": ", perplexity {:.0f}"}
+    texts = {
+        "l1": "train L1 {:.4f}", "cross_entropy": "train {:.4f} nats/pixel", "perceptual": " + LPIPS {:.4f}",
+        "vq": " + vq {:.4f}", "lambda": " · λ {:.3g}", "discriminator": " · discriminator {:.3f}",
+        "logits_real": ", logits real {:+.2f}", "logits_fake": " fake {:+.2f}", "val_l1": " · val L1 {:.4f}",
+        "val_cross_entropy": " · val {:.4f} nats/pixel", "val_accuracy": ", {:.2%} of labels right",
+        "val_lpips": " LPIPS {:.4f}", "codes_used": f" · {{}} of {codebook_size} codes in use",
+        "perplexity": ", perplexity {:.0f}"}
     numbers = means | scores
     return "".join(text.format(numbers[name]) for name, text in texts.items() if name in numbers)
 
 
 def initialize_codebook(vq: VQ, training, config: TrainConfig, process: run.Process):
-    """Codes start where the encoder's outputs are: at random, most of the 1,024 would never be chosen."""
+    """K-means initialization from encoder outputs; with a random one most codes stay dead."""
     cells = (config.image_size // vq.config.downsampling) ** 2  # codes per picture
     enough = 16 * config.codebook_size // cells // config.batch_size + 1
     order = itertools.islice(data.training_order(len(training), config.batch_size, config.seed), enough)
-    images = data.load(training, order, process.device, 0, config.target, vq.config.image_channels)
+    batches = load_inputs(training, order, config, vq.config.image_channels, process.device)
     with torch.no_grad():
-        vq.quantizer.initialize(torch.cat([as_vectors(vq.latents(batch)) for batch in images]))  # (N, D)
+        vq.quantizer.initialize(torch.cat([as_vectors(vq.latents(images)) for images in batches]))  # (N, D)
     if process.world > 1:  # sums on a GPU differ in the last bit from process to process
         torch.distributed.broadcast(vq.quantizer.codebook.data, src=0)
 
@@ -315,10 +331,10 @@ def initialize_codebook(vq: VQ, training, config: TrainConfig, process: run.Proc
 @torch.no_grad()
 def restart_dead_codes(vq: VQ, optimizer: torch.optim.Optimizer, uses: Tensor, images: Tensor,
                        process: run.Process):
-    """Give codes that no picture used lately, uses (K,) == 0, another start, without the old momentum."""
+    """Reinitialize dead codes, uses (K,) == 0, from the encoder's outputs, and reset Adam's moments."""
     dead, codebook = uses == 0, vq.quantizer.codebook  # (K,) and (K, D)
     if dead.any():
-        vectors = as_vectors(vq.latents(images))  # (N, D)
+        vectors = as_vectors(process.gather(vq.latents(images)))  # (N, D) of all processes
         if vectors.isfinite().all():  # else the run has diverged, and its log says so
             vq.quantizer.restart(dead, vectors)
         if process.world > 1:
@@ -328,42 +344,50 @@ def restart_dead_codes(vq: VQ, optimizer: torch.optim.Optimizer, uses: Tensor, i
 
 
 @torch.no_grad()
-def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: TrainConfig, process: run.Process,
-             picture: Path) -> dict[str, float]:
-    """Codebook use over all validation pictures, and how well they come back: see `score_sums`.
-
-    Writes some inputs above their reconstructions, and the use of each code; warns if hardly any is used.
-    """
+def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: TrainConfig,
+             process: run.Process) -> tuple[dict[str, float], Tensor]:
+    """Over all validation pictures: losses, the codebook's use, and how often each code occurs (K,)."""
     counts = torch.zeros(config.codebook_size, device=process.device)  # (K,)
-    names = ["val_cross_entropy", "val_accuracy"] if config.one_hot else ["val_l1", "val_lpips"]
     sums = torch.zeros(3, dtype=torch.float64, device=process.device)  # of both scores, and their number
-    batch_size = max(16, config.batch_size // process.world)
-    order = data.fixed_order(len(validation), batch_size, rank=process.rank, world=process.world)
-    workers = data.worker_count(config.workers, config.data)
-    batches = data.load(validation, order, process.device, workers, config.target, vq.config.image_channels)
-    for i, images in enumerate(batches):
-        with process.autocast():
+    order = data.fixed_order(len(validation), max(16, config.batch_size // process.world), None, process.rank,
+                             process.world)
+    for images in load_inputs(validation, order, config, vq.config.image_channels, process.device):
+        with run.autocast(process.device):
             reconstructions, codes, _ = vq(images)
-        sums += score_sums(images, reconstructions.float(), perceptual, config.one_hot)
-        counts += torch.bincount(codes.flatten(), minlength=config.codebook_size)
-        if i == 0 and process.rank == 0:
-            columns = min(8, len(images))
-            rows = zip(*(data.as_pictures(x[:16], config.target).split(columns)
-                         for x in (images, reconstructions)))
-            rows = [row for pair in rows if len(pair[0]) == columns for row in pair]
-            run.save_picture(run.picture_grid(torch.cat(rows), columns), picture)
+        reconstructions = reconstructions.float()
+        sums += (mask_scores(images, reconstructions) if config.one_hot
+                 else picture_scores(images, reconstructions, perceptual))
+        counts += count_codes(codes, config.codebook_size)
     *totals, count = process.total(sums).tolist()
     counts = process.total(counts)
     used, perplexity = codebook_use(counts)
-    if process.rank == 0:
-        use = run.picture_grid(colours_of_use(counts), math.ceil(math.sqrt(len(counts))), side=12)
-        run.save_picture(use, picture.with_name(f"{picture.stem}-codes.png"))
-        if used < 0.05 * min(len(counts), int(counts.sum())):
-            print(f"warning: {used} of {len(counts)} codes in use; what helps: --restart-every 25 to 100, "
-                  "a smaller --code-width or --codebook-size, a lower --lr", flush=True)
+    if process.rank == 0 and used < 0.05 * min(len(counts), int(counts.sum())):
+        print(f"warning: {used} of {len(counts)} codes in use; what helps: --restart-every 25 to 100, "
+              "a smaller --code-width or --codebook-size, a lower --lr", flush=True)
+    names = ("val_cross_entropy", "val_accuracy") if config.one_hot else ("val_l1", "val_lpips")
     scores = {name: total / count for name, total in zip(names, totals)
               if count and (name != "val_lpips" or perceptual)}  # masks may have no label at all
-    return scores | {"codes_used": used, "perplexity": perplexity}
+    return scores | {"codes_used": used, "perplexity": perplexity}, counts
+
+
+@torch.no_grad()
+def draw_reconstructions(vq: VQ, validation, config: TrainConfig, device: torch.device, path: Path):
+    """Up to 16 validation pictures in rows of 8, each row above its reconstructions."""
+    order = data.fixed_order(min(16, len(validation)), 16)
+    images = next(load_inputs(validation, order, config, vq.config.image_channels, device))  # (B, C, H, W)
+    pairs = [data.as_pictures(x, config.target) for x in (images, vq.decode(vq.encode(images)))]
+    columns = min(8, len(images))
+    rows = [row for pair in zip(*(pictures.split(columns) for pictures in pairs)) for row in pair
+            if len(row) == columns]
+    data.save_picture(data.picture_grid(torch.cat(rows), columns), path)
+
+
+def draw_use(counts: Tensor, path: Path):
+    """A square for each code: the larger its count (K,) the brighter, on a log scale; red for 0."""
+    shades = 2 * counts.log1p() / counts.max().log1p() - 1  # (K,) in [−1, 1]
+    unused = torch.tensor([1.0, -1.0, -1.0], device=counts.device)
+    colours = torch.where(counts[:, None] > 0, shades[:, None], unused)[:, :, None, None]  # (K, 3, 1, 1)
+    data.save_picture(data.picture_grid(colours, math.ceil(math.sqrt(len(counts))), side=12), path)
 
 
 if __name__ == "__main__":

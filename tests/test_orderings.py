@@ -1,8 +1,8 @@
-"""The five orders.
+"""The five orders and the layout of tokens.
 
 Oracles: the pictures in the docstrings (run as doctests); literal sequences of the authors' later release
 (the class names and figures of notes/orderings.txt); identities (base-4 digits, ring by ring, neighbours);
-a slow loop for unroll and roll_up.
+a slow loop for unroll and roll_up; literal sequences for the layout.
 """
 import doctest
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import orderings
-from orderings import ORDERINGS, picture, ranks, roll_up, unroll
+from orderings import ORDERINGS, TokenLayout, picture, ranks, roll_up, unroll
 
 ANY_SIZE = ["row", "spiral", "alternate"]
 POWER_OF_TWO = ["zcurve", "subsample"]
@@ -183,46 +183,92 @@ def test_ranks_say_when_each_cell_is_visited(name):
     assert [rank[cell // 8, cell % 8].item() for cell in p.tolist()] == list(range(64))
 
 
-@pytest.mark.parametrize("name, height, width", [
-    ("row", 3, 5), ("spiral", 3, 5), ("zcurve", 4, 4), ("subsample", 4, 4), ("alternate", 3, 5),
-    ("spiral", 8, 8)])
-def test_unroll_and_roll_up_do_what_a_slow_loop_does(name, height, width):
-    p = ORDERINGS[name](height, width)
-    codes = torch.randint(1000, (3, height, width), generator=torch.Generator().manual_seed(0))
-    sequence = torch.zeros(3, height * width, dtype=torch.int64)
-    for picture_index in range(3):
-        for t, cell in enumerate(p.tolist()):
-            sequence[picture_index, t] = codes[picture_index, cell // width, cell % width]
-    assert torch.equal(unroll(codes, p), sequence)
-    assert torch.equal(roll_up(sequence, p, height, width), codes)
+def test_unroll_and_roll_up_do_what_a_slow_loop_does_and_undo_each_other():
+    for name, height, width in (("row", 3, 5), ("spiral", 3, 5), ("alternate", 3, 5), ("zcurve", 4, 4),
+                                ("subsample", 16, 16)):
+        p = ORDERINGS[name](height, width)
+        codes = torch.randint(1000, (3, width, height)).transpose(1, 2)  # strided
+        sequence = torch.zeros(3, height * width, dtype=torch.int64)
+        for picture_index in range(3):
+            for t, cell in enumerate(p.tolist()):
+                sequence[picture_index, t] = codes[picture_index, cell // width, cell % width]
+        assert torch.equal(unroll(codes, p), sequence), name
+        assert torch.equal(roll_up(sequence, p, height, width), codes), name
 
 
-@pytest.mark.parametrize("batch", [1, 2, 5])
-@pytest.mark.parametrize("name", ORDERINGS)
-def test_roll_up_undoes_unroll_and_the_other_way_round(name, batch):
-    generator = torch.Generator().manual_seed(batch)
-    p = ORDERINGS[name](16, 16)
-    codes = torch.randint(1024, (batch, 16, 16), generator=generator)
-    sequence = torch.randint(1024, (batch, 256), generator=generator)
-    assert torch.equal(roll_up(unroll(codes, p), p, 16, 16), codes)
-    assert torch.equal(unroll(roll_up(sequence, p, 16, 16), p), sequence)
-
-
-def test_unroll_reads_a_transposed_grid_by_its_shape_not_its_memory():
-    codes = torch.arange(30).view(2, 5, 3).transpose(1, 2)  # (2, 3, 5), strided
-    p = ORDERINGS["alternate"](3, 5)
-    assert torch.equal(unroll(codes, p), unroll(codes.contiguous(), p))
-    assert unroll(codes, p)[0, :6].tolist() == [0, 3, 6, 9, 12, 13]
-
-
-def test_unroll_refuses_an_order_of_another_size():
+def test_sizes_that_differ_are_refused():
     with pytest.raises(ValueError, match="an order of 16 steps cannot unroll a grid of 4×5 cells"):
         unroll(torch.zeros(2, 4, 5, dtype=torch.int64), ORDERINGS["row"](4, 4))
+    for length, steps, height, width in ((15, 16, 4, 4), (16, 15, 4, 4), (16, 16, 4, 5), (20, 16, 4, 5)):
+        with pytest.raises(ValueError, match=f"a sequence of {length} and an order of {steps} steps do not fill"):
+            roll_up(torch.zeros(2, length, dtype=torch.int64), ORDERINGS["row"](1, steps), height, width)
 
 
-@pytest.mark.parametrize("length, steps, height, width", [
-    (15, 16, 4, 4), (16, 15, 4, 4), (16, 16, 4, 5), (20, 16, 4, 5)])
-def test_roll_up_refuses_sizes_that_differ(length, steps, height, width):
-    with pytest.raises(ValueError, match=f"a sequence of {length} and an order of {steps} steps do not fill "
-                                         f"{height}×{width} cells"):
-        roll_up(torch.zeros(2, length, dtype=torch.int64), ORDERINGS["row"](1, steps), height, width)
+# the token layout
+
+
+def test_the_papers_layouts_have_its_sizes():
+    single = TokenLayout(1024, 16, 16)
+    assert (single.vocab_size, single.block_size, single.prefix_length, single.lengths) == (1025, 256, 1, [256])
+    multiscale = TokenLayout(1024, 16, 16, scales=(1, 2, 4, 8))
+    assert sum(multiscale.lengths) == multiscale.block_size == 341  # §3
+    maps = TokenLayout(1024, 16, 16, condition_size=1024, condition_length=256, null_token=False)
+    assert (maps.vocab_size, maps.block_size, maps.prefix_length) == (2048, 512, 256)
+    classes = TokenLayout(1024, 16, 16, condition_size=1000, condition_length=1)
+    assert (classes.vocab_size, classes.block_size) == (2025, 257)
+
+
+def test_a_sequence_is_the_condition_then_each_grid_in_the_order():
+    """Literal: 3 image codes, 2 condition codes with the ids 3 and 4, the null token 5; alternate unrolls 2×2
+    as 0, 1, 3, 2 and leaves the condition as it is."""
+    layout = TokenLayout(3, 2, 2, "alternate", (1,), condition_size=2, condition_length=4)
+    grids = [torch.tensor([[[2]], [[0]]]), torch.tensor([[[0, 1], [2, 0]], [[2, 2], [1, 0]]])]
+    condition = torch.tensor([[[0, 1], [1, 0]], [[1, 0], [0, 0]]])  # (B, h, w)
+    sequence = [[3, 4, 4, 3, 2, 0, 1, 0, 2], [4, 3, 3, 3, 0, 2, 2, 0, 1]]
+    assert layout.tokens(grids, condition).tolist() == sequence
+    assert layout.image_tokens(grids).tolist() == [row[4:] for row in sequence]
+    assert layout.permutation.tolist() == [0, 1, 2, 4, 3]
+    dropped = condition.flatten(1).masked_fill(torch.tensor([[True], [False]]), -1)
+    assert layout.prefix(dropped, 2).tolist() == [[5] * 4, [4, 3, 3, 3]]
+    assert layout.prefix(None, 2).tolist() == [[5] * 4] * 2
+    assert TokenLayout(3, 2, 2).prefix(None, 2).tolist() == [[3], [3]]
+    label = TokenLayout(3, 2, 2, condition_size=2, condition_length=1, null_token=False)
+    assert label.prefix(torch.tensor([1, 0]), 2).tolist() == [[4], [3]]
+
+
+def test_grids_undo_the_sequence_for_codes_and_for_losses():
+    for order in ORDERINGS:
+        for scales in ((), (1, 2, 4), (2,)):
+            layout = TokenLayout(50, 8, 8, order, scales)
+            grids = [torch.randint(50, (3, side, side)) for side in (*scales, 8)]
+            back = layout.grids(layout.tokens(grids, None)[:, 1:])
+            assert all(map(torch.equal, grids, back)) and len(grids) == len(back), (order, scales)
+            nats = [grid.double() / 7 for grid in grids]
+            assert all(map(torch.equal, nats, layout.grids(layout.image_tokens(nats))))
+
+
+def test_the_loss_is_that_of_each_image_token_and_of_no_condition():
+    layout = TokenLayout(4, 2, 2, "spiral", condition_size=3, condition_length=2)
+    tokens = torch.cat([torch.randint(4, 7, (2, 2)), torch.randint(4, (2, 4))], 1)  # (B, P + T)
+    logits = torch.randn(2, 5, layout.vocab_size)
+    loss = layout.loss(logits, tokens)
+    assert loss.shape == (2, 4) and loss.dtype == torch.float32
+    for b in range(2):
+        for t in range(4):
+            nats = -logits[b, 1 + t].log_softmax(0)[tokens[b, 2 + t]]
+            assert loss[b, t].item() == pytest.approx(nats.item(), rel=1e-5)
+    assert layout.loss(logits.bfloat16(), tokens).dtype == torch.float32
+
+
+def test_layouts_that_cannot_be_are_refused():
+    for values, sentence in [
+            ({"order": "sprial"}, "choose one of row, spiral, zcurve, subsample, alternate"),
+            ({"scales": (2, 1)}, "they must grow"), ({"scales": (3,)}, "divide 8×8"), ({"scales": (8,)}, "grow"),
+            ({"condition_size": 3}, "both must be 0, or neither"),
+            ({"condition_length": 1}, "both must be 0, or neither"),
+            ({"null_token": False}, "needs the null token to start with"),
+            ({"order": "zcurve", "width": 12}, "needs a square grid")]:
+        with pytest.raises(ValueError, match=sentence):
+            TokenLayout(**{"codebook_size": 9, "height": 8, "width": 8} | values)
+    with pytest.raises(ValueError, match="a condition of 3 codes; this model has 1"):
+        TokenLayout(9, 8, 8, condition_size=2, condition_length=1).prefix(torch.zeros(2, 3), 2)

@@ -1,0 +1,110 @@
+"""A run's folder: held by one run at a time; checkpoints written whole or not at all, and read without trust.
+
+A checkpoint is a dict of plain values and tensors. Besides what the script puts there it has "kind" (vq or
+gpt), the config, the step, the random states and where it comes from.
+"""
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows: there the folder is not locked
+    fcntl = None
+
+
+def claim(folder: Path, first_step: int) -> TextIO:
+    """Lock a run's folder until the returned file is closed, and clean it up to go on after `first_step`.
+
+    Temporary files of a killed run are removed, and lines of log.jsonl that are torn or of later steps.
+    Raises ValueError if another process holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("w")
+    if fcntl:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is training in {folder}: wait for it, stop it, or name "
+                             "another --out") from None
+    for part in folder.glob("*.part"):
+        part.unlink()
+    log = folder / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() and first_step else []
+    part = log.with_suffix(".part")
+    part.write_text("".join(line for line in lines if step_of(line) <= first_step))
+    part.replace(log)
+    return file
+
+
+def step_of(line: str) -> float:
+    """The step of a line of log.jsonl; infinity for a line that a crash cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def save_checkpoint(config: Any, step: int, parts: dict):
+    """Write checkpoint.pt: a dict of plain values and tensors, `parts` and what every run has.
+
+    A crash or a full disk leaves the file before it intact. Raises OSError.
+    """
+    path = config.folder / "checkpoint.pt"
+    part = path.with_suffix(f".{os.getpid()}.part")
+    provenance = {"command": " ".join(sys.argv), "torch": str(torch.__version__),
+                  "python": platform.python_version(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+    shared = {"kind": config.KIND, "config": dataclasses.asdict(config), "step": step,
+              "random": random_state(), "provenance": provenance}
+    try:
+        with part.open("wb") as file:
+            torch.save(shared | parts, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path} of step {step} could not be written ({str(error).splitlines()[0]}): "
+                      "make room and go on with --resume; the checkpoint before it is intact") from None
+
+
+def load_checkpoint(path: str | Path, kind: str) -> dict:
+    """Read a checkpoint ("vq", "gpt") onto the CPU. Raises FileNotFoundError; ValueError for another file."""
+    advice = f"name a checkpoint.pt that train_{kind}.py has written"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; {advice}")
+    try:
+        with zipfile.ZipFile(path) as file:  # its checksums, which torch.load does not look at
+            damaged = file.testzip()
+        if damaged:
+            raise ValueError(damaged)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes can raise anything
+        raise ValueError(f"{path} is damaged, or holds more than numbers, strings and tensors "
+                         f"({type(error).__name__}); {advice}") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
+        found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+        origin = f"a checkpoint of train_{found}.py" if found else "of another program"
+        raise ValueError(f"{path} is {origin}; {advice}")
+    return checkpoint
+
+
+def random_state() -> dict[str, Tensor]:
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state()} | cuda
+
+
+def set_random_state(state: dict[str, Tensor]):
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,336 @@
+"""What a checkpoint means: frozen first stages with the cache of their codes, and a prior to sample from.
+
+    FirstStage    pictures, masks, depth maps or poses ↔ a grid of codes (§2, §4)
+    Prior         a GPT, the layout of its tokens, and the first stages that give them a meaning (§3, §4)
+
+Symbols: B batch, N pictures of a data set, C channels, H×W pixels, h×w code grid, T image tokens.
+"""
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import data
+import run
+import taming
+from checkpoints import load_checkpoint
+from gpt import GPT, GPTConfig, check_sampling
+from orderings import ORDERINGS, TokenLayout
+from vq import VQ, VQConfig
+
+
+class FirstStage:
+    """A frozen autoencoder, the field of the data that it codes, and how its pictures were prepared."""
+
+    def __init__(self, vq: VQ, field: str, preparation: data.Preparation, trained_on: dict[str, str]):
+        """`trained_on` names the data set, its folder and its digest; empty for the authors' files."""
+        self.vq = vq.eval().requires_grad_(False)
+        self.field, self.trained_on = field, trained_on
+        segments = vq.config.image_channels if field == "segmentation" else 0
+        self.preparation = replace(preparation, segments=segments)  # other labels are refused
+        self.side = preparation.size // vq.config.downsampling  # h = w
+        self.codebook_size = vq.config.codebook_size
+
+    @classmethod
+    def load(cls, path: Path, field: str = "image") -> "FirstStage":
+        """From a checkpoint of train_vq.py, or a file of the authors'.
+
+        The authors' files do not tell the size of the pictures. 16×16 codes are assumed, which is 256×256 for
+        all of f16; smaller pictures are enlarged, as in the authors' data sets. Raises FileNotFoundError, or
+        ValueError for another file, or a first stage of another field.
+        """
+        if taming.recognizes(path):
+            vq = VQ.from_taming(path)
+            stage = cls(vq, "image", data.Preparation(16 * vq.config.downsampling, upscale=True), {})
+        else:
+            stage = cls.from_state(load_checkpoint(path, "vq"))
+        if stage.field != field or field == "image" and stage.vq.config.image_channels != 3:
+            raise ValueError(f"{path} is a first stage of {stage.field} in {stage.vq.config.image_channels} "
+                             f"channels, not of {field}; train one with train_vq.py --target {field}")
+        return stage
+
+    @staticmethod
+    def is_finished(path: Path) -> bool:
+        """Whether train_vq.py's checkpoint is there, and has had all its steps."""
+        checkpoint = load_checkpoint(path, "vq") if path.exists() else None
+        return checkpoint is not None and checkpoint["step"] >= checkpoint["config"]["steps"]
+
+    @classmethod
+    def from_state(cls, state: dict) -> "FirstStage":
+        """The inverse of `state`."""
+        vq = VQ(VQConfig(**state["model_config"]))
+        vq.load_state_dict(state["model"])
+        return cls(vq, state["target"], data.Preparation(**state["preparation"]), state["trained_on"])
+
+    def state(self) -> dict:
+        """Plain values and tensors, for a checkpoint."""
+        return {"model_config": asdict(self.vq.config), "model": self.vq.state_dict(), "target": self.field,
+                "preparation": asdict(self.preparation), "trained_on": self.trained_on}
+
+    def hash(self) -> str:
+        """SHA-256 of the network: of its config and of every weight's name and value."""
+        digest = hashlib.sha256(json.dumps(asdict(self.vq.config), sort_keys=True).encode())
+        for name, weight in sorted(self.vq.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def encode(self, values: Tensor) -> Tensor:
+        """The field of a batch as `data.load` gives it, (B, …) → codes (B, h, w) int64."""
+        inputs = data.as_input(values, self.field, self.vq.config.image_channels)  # (B, C, H, W)
+        return self.vq.encode(inputs)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes (B, h, w) → pictures to look at (B, 1 or 3, H, W), near [−1, 1]; masks in colours."""
+        return data.as_pictures(self.vq.decode(codes), self.field)
+
+    def pyramid(self, codes: Tensor, scales: tuple[int, ...]) -> list[Tensor]:
+        """codes (B, h, w) → grids coarse to fine, (B, s, s) for each s of the scales, then the codes; §3."""
+        return [*(self.vq.requantize(codes, scale) for scale in scales), codes]
+
+
+Stages = dict[str, FirstStage | None]  # by field, "image" first; None for a class, which needs none
+
+
+@dataclass(frozen=True)
+class CodeCache:
+    """Where the codes of data sets are kept, and how many augmented encodings of each training picture.
+
+    A file's name is the hash of all that its codes depend on: network, pictures, augmentation. So a stale file
+    is never read, and runs of all orders share one.
+    """
+    directory: Path
+    seed: int
+    views: int  # per training picture; the first is not augmented
+
+    def codes(self, split: str, dataset, stages: Stages, process: run.Process,
+              workers: int) -> dict[str, np.ndarray]:
+        """Codes of each field of a data set, (views · N, h, w) uint16 memory maps; of a class, (views · N,).
+
+        All fields are read and encoded in one pass, by all processes of the run. Each file is complete or
+        absent. Raises OSError for a full disk, ValueError for a damaged file.
+        """
+        views, N = self.views if split == "train" else 1, len(dataset)
+        paths, shapes = {}, {}
+        for field, stage in stages.items():
+            seed = self.seed if views > 1 else None
+            text = json.dumps([field, stage and stage.hash(), dataset.fingerprint(), views, seed])
+            paths[field] = self.directory / f"codes-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
+            shapes[field] = (views, N, stage.side, stage.side) if stage else (views, N)
+        missing = process.agree([os.getpid(), *(name for name, path in paths.items() if not path.is_file())])
+        identity, *fields = missing  # of the first process: all write into the same files
+        if fields:
+            parts = {field: paths[field].with_suffix(f".{identity}.part") for field in fields}
+            if process.rank == 0:
+                print(f"encoding {views * N:,} pictures ({' and '.join(fields)}) into {self.directory}",
+                      flush=True)
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for field in fields:
+                    reserve(parts[field], shapes[field])
+            process.wait_for_all()
+            arrays = {field: np.lib.format.open_memmap(parts[field], "r+") for field in fields}
+            for view in range(views):
+                key = None if view == 0 else (self.seed, view)
+                order = data.fixed_order(N, 64, key, process.rank, process.world)
+                for batch, values in zip(order, data.load(dataset, order, process.device, workers)):
+                    index = [i for i, _ in batch]
+                    for field in fields:
+                        stage = stages[field]
+                        codes = stage.encode(values[field]) if stage else values[field]
+                        arrays[field][view, index] = codes.cpu().numpy().astype(np.uint16)
+            for field in fields:
+                arrays[field].flush()
+            process.wait_for_all()
+            if process.rank == 0:
+                for field in fields:
+                    parts[field].replace(paths[field])
+            process.wait_for_all()
+        return {field: read_codes(path, shapes[field]) for field, path in paths.items()}
+
+
+def reserve(path: Path, shape: tuple[int, ...]):
+    """A file for codes of that shape. Raises OSError if the disk is too full, rather than a crash later."""
+    np.lib.format.open_memmap(path, "w+", np.uint16, shape).flush()
+    if hasattr(os, "posix_fallocate"):
+        try:
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise OSError(f"{path} could not be written ({error.strerror}): make room, "
+                          "or name another folder with --codes-dir") from None
+
+
+def read_codes(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """(views, N, …) on the disk → (views · N, …). Raises ValueError for another file."""
+    try:
+        codes = np.load(path, mmap_mode="r")
+        assert codes.shape == shape and codes.dtype == np.uint16, (codes.shape, codes.dtype)
+    except (ValueError, EOFError, AssertionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and the codes are made anew") from None
+    return codes.reshape(-1, *shape[2:])
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Raises ValueError for what no distribution can be sampled with."""
+    temperature: float = 1.0  # §A.1
+    top_k: int = 100  # §A.1; 0: all
+    top_p: float = 1.0
+    guidance: float = 1.0
+
+    def __post_init__(self):
+        check_sampling(self.temperature, self.top_k, self.top_p)
+        if not 0 <= self.guidance <= 100:
+            raise ValueError(f"guidance is {self.guidance}; it must lie in [0, 100], where 1 is none")
+
+
+class Prior:
+    """A GPT over code tokens with all that turns them into pictures. Samples under the run's autocast."""
+
+    def __init__(self, gpt: GPT, layout: TokenLayout, stages: Stages, classes: tuple[str, ...],
+                 trained_on: dict[str, str]):
+        """`stages` has "image" first, then the condition: a map's first stage, None for a class."""
+        self.gpt, self.layout, self.stages, self.classes = gpt, layout, stages, classes
+        self.trained_on = trained_on
+        self.image = stages["image"]
+        self.condition = next((field for field in stages if field != "image"), None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.gpt.head.weight.device
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device, n_head: int = 0) -> "Prior":
+        """From a checkpoint of train_gpt.py, or an unconditional file of the authors'.
+
+        Raises FileNotFoundError, or ValueError for another file. `n_head`: see `GPT.from_taming`.
+        """
+        if taming.recognizes(path):
+            prior = cls.from_taming(path, n_head)
+        else:
+            prior = cls.from_state(load_checkpoint(path, "gpt"))
+        prior.gpt.to(device)
+        for stage in prior.stages.values():
+            if stage:
+                stage.vq.to(device)
+        return prior
+
+    @classmethod
+    def from_state(cls, checkpoint: dict) -> "Prior":
+        gpt = GPT(GPTConfig(**checkpoint["model_config"]))
+        gpt.load_state_dict(checkpoint["model"])
+        stages = {field: state and FirstStage.from_state(state)
+                  for field, state in checkpoint["stages"].items()}
+        return cls(gpt, TokenLayout(**checkpoint["layout"]), stages, tuple(checkpoint["classes"]),
+                   checkpoint["trained_on"])
+
+    @classmethod
+    def from_taming(cls, path: str | Path, n_head: int) -> "Prior":
+        """Theirs starts with code 0; here a null token of its own has the same embedding."""
+        gpt, image = GPT.from_taming(path, n_head), FirstStage.load(path)
+        written = taming.writing_order(path)  # (T,)
+        side = round(len(written) ** 0.5)
+        order = next((name for name in ORDERINGS if len(written) == side * side and (
+            name in ("row", "spiral", "alternate") or side & (side - 1) == 0)
+            and torch.equal(ORDERINGS[name](side, side), written)), None)
+        if order is None:
+            raise ValueError(f"{path} writes in an order that is none of {', '.join(ORDERINGS)}")
+        embedding, head = gpt.token_embedding.weight.detach(), gpt.head.weight.detach()
+        gpt.token_embedding.weight = nn.Parameter(torch.cat([embedding, embedding[:1]]))
+        gpt.head.weight = nn.Parameter(torch.cat([head, torch.zeros_like(head[:1])]))
+        layout = TokenLayout(image.codebook_size, side, side, order)
+        gpt.config = GPTConfig(**asdict(gpt.config) | {"vocab_size": layout.vocab_size})
+        return cls(gpt, layout, {"image": image}, (), {})
+
+    def state(self) -> dict:
+        """Plain values and tensors, for a checkpoint."""
+        return {"model_config": asdict(self.gpt.config), "model": self.gpt.state_dict(),
+                "layout": asdict(self.layout), "classes": self.classes, "trained_on": self.trained_on,
+                "stages": {field: stage and stage.state() for field, stage in self.stages.items()}}
+
+    def tokens(self, codes: dict[str, np.ndarray], index: list[int], dropout: float = 0.0) -> Tensor:
+        """Pictures of a code cache as the GPT sees them: (B, P + T) int64 on its device.
+
+        `dropout`: the share of sequences whose condition is replaced by the null token.
+        """
+        chosen = {field: torch.from_numpy(array[index].astype(np.int64)) for field, array in codes.items()}
+        condition = chosen.get(self.condition)  # (B, h, w), (B,) or None
+        if dropout:
+            dropped = torch.rand(len(index)) < dropout  # (B,)
+            condition = condition.flatten(1) if condition.ndim > 1 else condition[:, None]
+            condition = condition.masked_fill(dropped[:, None], -1)  # (B, P)
+        grids = self.image.pyramid(chosen["image"].to(self.device, non_blocking=True), self.layout.scales)
+        return self.layout.tokens(grids, condition)
+
+    @torch.no_grad()
+    def sample(self, count: int, condition: Tensor | None = None, given: Tensor | None = None,
+               sampling: Sampling = Sampling(), generator: torch.Generator | None = None,
+               cached: bool = True, steps: int | None = None) -> Tensor:
+        """Draw image tokens (count, T) int64 in the model's own order; with `steps` only so many.
+
+        `condition`: labels (count,) or codes of a map (count, h, w); None: unconditional. `given` (count, G):
+        the first tokens, which are kept: part of a picture to be completed, or its coarser scales.
+        Raises ValueError for guidance of a model that was trained without --condition-dropout.
+        """
+        device, length = self.device, sum(self.layout.lengths)
+        guided = sampling.guidance != 1
+        if guided and not (self.layout.condition_length and self.layout.null_token):
+            raise ValueError(f"guidance is {sampling.guidance}, but this model knows no dropped condition: "
+                             "train one with --condition and --condition-dropout 0.1")
+        prefixes = [self.layout.prefix(condition, count).to(device)]  # (B, P)
+        if guided:
+            prefixes.append(self.layout.prefix(None, count).to(device))
+        if given is not None:
+            prefixes = [torch.cat([prefix, given.to(device)], 1) for prefix in prefixes]  # (B, P + G)
+            length -= given.shape[1]
+        with run.autocast(device):
+            tokens = self.gpt.generate(
+                prefixes[0], length if steps is None else steps, sampling.temperature, sampling.top_k,
+                generator, sampling.top_p, self.layout.codebook_size, cached, sampling.guidance, prefixes[-1])
+        return tokens[:, self.layout.prefix_length:]  # (B, T)
+
+    @torch.no_grad()
+    def sample_window(self, count: int, height: int, width: int, condition: Tensor | None = None,
+                      sampling: Sampling = Sampling(), generator: torch.Generator | None = None) -> Tensor:
+        """Draw grids larger than in training by a sliding window: codes (count, height, width) int64.
+
+        Row by row, each code is predicted inside a window of the training size with that code as near to its
+        centre as the border allows. A map's codes (count, height, width) are cut in the same way. Raises
+        ValueError for a model of another order than row, or of several scales.
+        """
+        layout, h, w = self.layout, self.layout.height, self.layout.width
+        if layout.order != "row" or layout.scales:
+            raise ValueError(f"a larger size needs a model of one scale in the order row, not {layout.order} "
+                             f"with scales {layout.scales}")
+        grid = torch.zeros(count, height, width, dtype=torch.int64, device=self.device)
+        for y in range(height):
+            for x in range(width):
+                top, left = min(max(y - h // 2, 0), height - h), min(max(x - w // 2, 0), width - w)
+                window = (slice(None), slice(top, top + h), slice(left, left + w))
+                known = grid[window].flatten(1)[:, :(y - top) * w + x - left]  # (B, G)
+                part = condition[window] if condition is not None and condition.ndim == 3 else condition
+                grid[:, y, x] = self.sample(count, part, known, sampling, generator, steps=1)[:, -1]
+        return grid
+
+    @torch.no_grad()
+    def pictures(self, tokens: Tensor) -> Tensor:
+        """Image tokens (B, T) → the pictures of the finest grid, (B, C, H, W) float32 near [−1, 1]."""
+        with run.autocast(tokens.device):
+            return self.image.decode(self.layout.grids(tokens)[-1])
+
+    def rows(self, condition: Tensor, columns: int, sampling: Sampling, generator: torch.Generator) -> Tensor:
+        """A row for each condition (R, …): a map itself at the left, then `columns` samples: (N, 3, H, W)."""
+        repeated = condition.repeat_interleave(columns, 0)  # (R · columns, …)
+        tokens = self.sample(len(repeated), repeated, None, sampling, generator)
+        pictures = self.pictures(tokens).unflatten(0, (-1, columns))  # (R, columns, 3, H, W)
+        stage = self.stages[self.condition]
+        if stage:
+            left = stage.decode(condition.to(tokens.device)).expand(-1, 3, -1, -1)
+            pictures = torch.cat([left[:, None], pictures], 1)
+        return pictures.flatten(0, 1)
