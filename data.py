@@ -1,22 +1,27 @@
-"""What comes in: the data sets, endless reproducible batches of them, and the cache of their codes.
+"""What comes in: the data sets, and reproducible batches of them.
 
-A data set is an object with `len()`, `dataset[index, key]` and `fingerprint()`. Its items are dicts of the
-fields that it was opened for: image and pose (3, S, S) uint8, segmentation (S, S) uint8, 255 where a pixel
-has no label, depth (S, S) float32 in [−1, 1]; and "label", if the picture's class is known. Training batch
-number n is a pure function of the seed and n: a run that was interrupted goes on with the batch it would have
-seen, whatever the number of worker processes.
+`dataset[index, key]` is a dict of the fields that a data set was opened for: image and pose (3, S, S) uint8,
+segmentation (S, S) uint8, 255 where a pixel has no label, depth (S, S) float32 in [−1, 1], class int64. Training
+batch number n is a pure function of the seed and n: a run that was interrupted goes on with the batch it would
+have seen, whatever the number of worker processes.
 
-Symbols: B batch, C channels, H×W pixels, h×w code grid, N pictures, S = image_size.
+Besides it has `len()`, `classes` (their names; () unless "class" was asked for), `segments()` (labels of the
+masks), `fingerprint()` (changes with anything that the arrays depend on) and `digest()` (changes with the files'
+names below the folder and their sizes, so that a moved folder is known again).
+
+Symbols: B batch, C channels, H×W pixels, N pictures, S = size.
 """
+import atexit
 import colorsys
+import functools
 import hashlib
-import inspect
-import json
+import multiprocessing
 import os
 import signal
 import tarfile
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,153 +32,198 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import scenes
-from layouts import ADE20K_SEGMENTS, FIELDS, LAYOUTS, VALIDATION_SHARE
-from pictures import (NO_LABEL, choose_window, cut_out, draw_keypoints, open_depth, open_labels, open_picture,
-                      open_pose)
+from files import (ADE20K_SEGMENTS, FIELDS, LAYOUTS, NO_LABEL, READER_VERSION, RESAMPLING, Record, draw_keypoints,
+                   files_digest, open_depth, open_labels, open_pose, open_rgb, show)
 
-DATASETS = ("scenes", "cifar10", *LAYOUTS)
-OFFERED = {"scenes": FIELDS, "cifar10": ("image",), "folder": FIELDS, "imagenet": ("image", "depth"),
-           "restricted-imagenet": ("image", "depth"), "ade20k": ("image", "segmentation"),
-           "deepfashion": ("image", "pose")}
+OFFERED = {"scenes": (*FIELDS, "class"), "cifar10": ("image", "class"), "folder": (*FIELDS, "class"),
+           "imagenet": ("image", "depth", "class"), "restricted-imagenet": ("image", "depth", "class"),
+           "ade20k": ("image", "segmentation"), "deepfashion": ("image", "pose")}
+DATASETS = tuple(OFFERED)
 SCENES = {"train": 16_000, "val": 1000}  # pictures in each split; any number could be drawn
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
-# What distinguishes one look at a picture from another, for random crops and flips; None: validation's look.
+# Seed and epoch of an augmentation; None: center crop, not mirrored.
 Key = tuple[int, ...] | None
 
 
-class Scenes:
-    """The drawn data set of scenes.py at S×S pixels. Pictures of up to 64 pixels, once drawn, are kept."""
+@dataclass(frozen=True)
+class Preparation:
+    """How pictures become arrays: what a first stage was trained on, and needs again."""
+    size: int  # S, pixels along each side
+    fields: tuple[str, ...] = ("image",)  # of "image", "segmentation", "depth", "pose", "class"
+    flip: bool = False  # mirror half of the training pictures
+    upscale: bool = False  # enlarge pictures smaller than S instead of refusing them
+    void_label: int = NO_LABEL  # in the masks: pixels that have no label, as those of 255 always
+    segments: int = 0  # labels of the masks; ValueError for one that has more; 0: not checked
 
-    def __init__(self, split: str, size: int, fields: tuple[str, ...] = ("image",)):
-        self.split, self.size, self.fields = split, size, fields
-        self.drawn = {}
+
+class Scenes:
+    """The drawn data set of scenes.py at S×S pixels, neither cropped nor mirrored."""
+
+    def __init__(self, split: str, preparation: Preparation):
+        self.split, self.size, self.fields = split, preparation.size, preparation.fields
+        self.classes = scenes.CLASSES if "class" in self.fields else ()
+        if "segmentation" in self.fields and 0 < preparation.segments < self.segments():
+            raise ValueError(f"the masks of scenes have {self.segments()} labels, but segments is "
+                             f"{preparation.segments}: leave out --segments")
 
     def __len__(self) -> int:
         return SCENES[self.split]
 
     def __getitem__(self, item: tuple[int, Key]) -> dict[str, ndarray]:
         index, _ = item
-        if index in self.drawn:
-            return self.drawn[index]
-        scene = scenes.draw_scene(self.split, index, self.size)
-        known = scene._asdict() | {"image": scene.image.transpose(2, 0, 1)}  # (S, S, 3) → (3, S, S)
+        scene = (draw_once if self.size <= 64 else scenes.draw_scene)(self.split, index, self.size)
+        known = {"image": scene.image.transpose(2, 0, 1), "segmentation": scene.segmentation,  # (3, S, S), (S, S)
+                 "depth": scene.depth, "class": np.int64(scene.label)}
         if "pose" in self.fields:  # drawn at four times the size, for smooth edges
             pose = draw_keypoints(4 * scene.keypoints, (4 * self.size, 4 * self.size), scenes.LIMBS).reduce(4)
             known["pose"] = np.array(pose).transpose(2, 0, 1)  # (S, S, 3) → (3, S, S)
-        known = {field: known[field] for field in (*self.fields, "label")}
-        if self.size <= 64:
-            self.drawn[index] = known
-        return known
+        return {field: known[field] for field in self.fields}
 
     def segments(self) -> int:
         return len(scenes.SEGMENTS)
 
     def fingerprint(self) -> str:
-        parts = (scenes, draw_keypoints) if "pose" in self.fields else (scenes,)
-        program = "".join(map(inspect.getsource, parts))  # it may draw other pictures one day
-        program = hashlib.sha256(program.encode()).hexdigest()
-        return f"scenes {self.split} {self.size} {self.fields} {len(self)} {program}"
+        drawn = hashlib.sha256()  # of some pictures, for the program may draw others one day
+        for index in range(64):
+            for values in self[index, None].values():
+                drawn.update(values.tobytes())
+        return f"{self.digest()} {self.size} {self.fields} {drawn.hexdigest()}"
+
+    def digest(self) -> str:
+        return f"scenes {self.split} {len(self)}"
+
+
+# Small scenes are kept: for the next epoch, and for the second stage that encodes what the first was trained on.
+draw_once = functools.cache(scenes.draw_scene)
 
 
 class Cifar10:
     """The official binary archive: 50,000 training, 10,000 test pictures of 32×32 with ten classes (§2)."""
 
-    def __init__(self, split: str, directory: Path, flip: bool):
+    def __init__(self, split: str, directory: Path, preparation: Preparation):
+        if preparation.size != 32:
+            raise ValueError(f"CIFAR-10 has pictures of 32×32; image_size is {preparation.size}")
+        self.directory, self.fields = cifar10_folder(directory), preparation.fields
+        self.flip = preparation.flip and split == "train"
+        self.classes = CIFAR10_CLASSES if "class" in self.fields else ()
         names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-        self.files = [cifar10_folder(directory) / name for name in names]
-        self.flip = flip and split == "train"
-        records = []
-        for file in self.files:
-            if file.stat().st_size != 10_000 * 3073:
-                raise ValueError(f"{file} has {file.stat().st_size:,} bytes instead of 30,730,000: "
+        self.records = [{"image": self.directory / name} for name in names]
+        for record in self.records:
+            size = record["image"].stat().st_size
+            if size != 10_000 * 3073:
+                raise ValueError(f"{show(record['image'])} has {size:,} bytes instead of 30,730,000: "
                                  "fetch the archive again")
-            records.append(np.fromfile(file, np.uint8).reshape(10_000, 3073))
-        records = np.concatenate(records)
-        self.labels = records[:, 0].astype(np.int64)
-        self.images = records[:, 1:].reshape(-1, 3, 32, 32)
+        values = np.concatenate([np.fromfile(record["image"], np.uint8) for record in self.records])
+        self.labels, self.images = np.split(values.reshape(-1, 3073), [1], axis=1)  # (N, 1), (N, 3·32·32)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, item: tuple[int, Key]) -> dict[str, ndarray]:
         index, key = item
-        image = self.images[index]  # (3, 32, 32)
-        if self.flip and key is not None and look(key, index).random() < 0.5:
+        image = self.images[index].reshape(3, 32, 32)
+        if self.flip and key is not None and augmentation_rng(key, index).random() < 0.5:
             image = np.ascontiguousarray(image[:, :, ::-1])
-        return {"image": image, "label": self.labels[index]}
+        known = {"image": image, "class": np.int64(self.labels[index, 0])}
+        return {field: known[field] for field in self.fields}
 
     def fingerprint(self) -> str:
-        return f"cifar10 {self.flip} {stamp(self.files)}"
+        return f"cifar10 {self.flip} {self.fields} {files_digest(self.directory, self.records, times=True)}"
+
+    def digest(self) -> str:
+        return files_digest(self.directory, self.records, times=False)
 
 
 class Files:
-    """The `split` of one of the `LAYOUTS`, in S×S pixels: random crops in training, else the centre.
+    """The `split` of one of the `LAYOUTS`, in S×S pixels: random crops in training, else the center."""
 
-    Raises FileNotFoundError or ValueError, which say what is missing.
-    """
-
-    def __init__(self, layout: str, split: str, directory: Path, size: int, flip: bool, upscale: bool,
-                 fields: tuple[str, ...] = ("image",), void_label: int = NO_LABEL):
+    def __init__(self, layout: str, split: str, directory: Path, preparation: Preparation):
         if not directory.is_dir():
-            raise FileNotFoundError(f"{directory} is no folder; name your folder of pictures with --data-dir")
-        self.records = LAYOUTS[layout](directory, split, fields)
+            raise FileNotFoundError(f"{show(directory)} is no folder; name your folder of pictures with --data-dir")
+        self.layout, self.directory, self.train, self.preparation = layout, directory, split == "train", preparation
+        self.records, classes = LAYOUTS[layout](directory, split, preparation.fields)
+        self.classes = classes if "class" in preparation.fields else ()
         if not self.records:
-            raise FileNotFoundError(f"{directory} has no {split} pictures; without train/ and val/ one in "
+            raise FileNotFoundError(f"{show(directory)} has no {split} pictures; without val/ one in "
                                     f"{VALIDATION_SHARE} is for validation: put more there")
-        self.layout, self.size, self.train, self.flip, self.upscale = (
-            layout, size, split == "train", flip, upscale)
-        self.fields, self.void_label = fields, void_label
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, item: tuple[int, Key]) -> dict[str, ndarray]:
         index, key = item
-        record = self.records[index]
-        pictures = [self.open(field, record) for field in self.fields]
-        (width, height), name = pictures[0].size, record.get("image", record[self.fields[0]])
-        if min(width, height) < self.size and not self.upscale:
-            raise ValueError(f"{name} has {width}×{height} pixels, too few for "
-                             f"an image_size of {self.size}: remove it, or train the first stage with "
-                             "--upscale or a lower --image-size")
-        for field, picture in zip(self.fields, pictures):
-            pixel = 1 / min(width, height, *picture.size)  # by which small ones are rounded
-            if abs(width / height * picture.height / picture.width - 1) > 0.02 + pixel:
-                raise ValueError(f"{record[field]} has {picture.width}×{picture.height} pixels but {name} "
-                                 f"{width}×{height}: both must show the same, upright, at any resolution")
-        random = look(key, index) if self.train and key is not None else None
-        window = choose_window(width, height, self.size, self.flip, random)
-        known = {field: cut_out(picture, window, field) for field, picture in zip(self.fields, pictures)}
-        return known | ({"label": np.int64(record["label"])} if "label" in record else {})
-
-    def open(self, field: str, record: dict) -> Image.Image:
-        if field == "image":
-            return open_picture(record["image"], self.size)
-        if field == "segmentation":
-            return open_labels(record["segmentation"], self.void_label)
-        if field == "depth":
-            return open_depth(record["depth"])
-        return open_pose(record["pose"], record.get("image"), self.size)
+        random = augmentation_rng(key, index) if self.train and key is not None else None
+        return prepare(self.records[index], self.preparation, random)
 
     def segments(self) -> int:
         """Labels of the masks: one more than the largest, for which all are read."""
         if self.layout == "ade20k":
             return ADE20K_SEGMENTS
-        masks = (np.asarray(self.open("segmentation", record)) for record in self.records)
+        masks = (np.asarray(open_field("segmentation", record, self.preparation)) for record in self.records)
         return 1 + max(int(labels.max(initial=0, where=labels != NO_LABEL)) for labels in masks)
 
     def fingerprint(self) -> str:
-        values = [value for record in self.records for value in record.values()]
-        files = [value for value in values if isinstance(value, Path)]
-        others = b"".join(np.asarray(value).tobytes() for value in values if not isinstance(value, Path))
-        return (f"{self.layout} {self.size} {self.train} {self.flip} {self.upscale} {self.fields} "
-                f"{self.void_label} {stamp(files)} {hashlib.sha256(others).hexdigest()}")
+        return (f"{self.layout} {self.train} {self.preparation} {READER_VERSION} {self.directory.resolve()} "
+                f"{files_digest(self.directory, self.records, times=True)}")
+
+    def digest(self) -> str:
+        return files_digest(self.directory, self.records, times=False)
 
 
-def look(key: Key, index: int) -> np.random.Generator:
-    """Random numbers of one look at one picture; the 1 keeps them apart from those that shuffle the epoch."""
+def open_field(field: str, record: Record, preparation: Preparation) -> Image.Image:
+    if field == "image":
+        return open_rgb(record["image"], preparation.size)
+    if field == "segmentation":
+        return open_labels(record["segmentation"], preparation.void_label, preparation.segments)
+    if field == "depth":
+        return open_depth(record["depth"])
+    return open_pose(record["pose"], record.get("image"), preparation.size)
+
+
+def prepare(record: Record, preparation: Preparation, random: np.random.Generator | None) -> dict[str, ndarray]:
+    """The fields of a record: the shorter side resized to S, then the same S×S pixels of each: (3, S, S) or (S, S).
+
+    A random place, and with `flip` mirrored half of the time; without `random` the center. Raises ValueError.
+    """
+    fields = [field for field in FIELDS if field in preparation.fields] or ["image"]  # the image first
+    pictures = {field: open_field(field, record, preparation) for field in fields}
+    (width, height), size = pictures[fields[0]].size, preparation.size
+    name = show(record.get("image", record[fields[0]]))
+    if min(width, height) < size and not preparation.upscale:
+        raise ValueError(f"{name} has {width}×{height} pixels, too few for an image_size of {size}: remove it, or "
+                         "train the first stage with --upscale or a lower --image-size")
+    for field, picture in pictures.items():
+        pixel = 1 / min(width, height, *picture.size)  # by which small ones are rounded
+        if abs(width / height * picture.height / picture.width - 1) > 0.02 + pixel:
+            raise ValueError(f"{show(record[field])} has {picture.width}×{picture.height} pixels but {name} "
+                             f"{width}×{height}: both must show the same, upright, at any resolution")
+    width, height = (max(size, round(side * size / min(width, height))) for side in (width, height))
+    left, top, mirrored = (width - size) // 2, (height - size) // 2, False
+    if random:
+        left, top = random.integers(width - size + 1), random.integers(height - size + 1)
+        mirrored = preparation.flip and random.random() < 0.5
+    known = {"class": np.int64(record.get("class", 0))}
+    for field, picture in pictures.items():
+        pixels = np.asarray(picture.resize((width, height), RESAMPLING[field], reducing_gap=3.0))
+        pixels = pixels[top:top + size, left:left + size][:, ::-1 if mirrored else 1]
+        known[field] = np.array(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels, order="C")
+    return {field: known[field] for field in preparation.fields}
+
+
+def read_field(path: Path, field: str, preparation: Preparation) -> Tensor:
+    """A user's file as validation would see it, (1, ...) as in a batch; ValueError for what is no such file.
+
+    Key points (.npy) are pixels of the S×S picture here, for there is no image that they could be of.
+    """
+    values = prepare({field: path}, replace(preparation, fields=(field,)), None)[field]
+    return torch.from_numpy(values)[None]
+
+
+def augmentation_rng(key: Key, index: int) -> np.random.Generator:
+    """Random numbers of an augmentation of a picture; the 1 keeps them apart from those that shuffle the epoch."""
     return np.random.default_rng((*key, index, 1))
 
 
@@ -183,30 +233,19 @@ def check_offered(name: str, field: str):
         raise ValueError(f"{name} has no {field!r}; it has {', '.join(OFFERED[name])}")
 
 
-def open_dataset(name: str, directory: str, split: str, size: int, flip: bool = False, upscale: bool = False,
-                 fields: tuple[str, ...] = ("image",), void_label: int = NO_LABEL):
-    """The `split` ("train" or "val") of S×S pictures. ValueError or FileNotFoundError say what is missing.
-
-    `void_label` is what pixels without a label have in the masks, apart from 255.
-    """
-    assert name in DATASETS and set(fields) <= set(OFFERED[name]), (name, fields)
+def open_dataset(name: str, directory: str, split: str, preparation: Preparation) -> Scenes | Cifar10 | Files:
+    """The `split` ("train" or "val") of a data set. ValueError or FileNotFoundError say what is missing."""
+    for field in preparation.fields:
+        check_offered(name, field)
     if name == "scenes":
-        return Scenes(split, size, fields)
+        return Scenes(split, preparation)
     if name == "cifar10":
-        if size != 32:
-            raise ValueError(f"CIFAR-10 has pictures of 32×32; image_size is {size}")
-        return Cifar10(split, Path(directory), flip)
-    return Files(name, split, Path(directory), size, flip, upscale, fields, void_label)
-
-
-def stamp(files: list[Path]) -> str:
-    """Changes when a file is added, removed, resized or written anew."""
-    lines = (f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return Cifar10(split, Path(directory), preparation)
+    return Files(name, split, Path(directory), preparation)
 
 
 def cifar10_folder(directory: Path) -> Path:
-    """The folder cifar-10-batches-bin at or below `directory`, fetched and unpacked there if need be."""
+    """The folder cifar-10-batches-bin at or below `directory`, downloaded and unpacked if need be."""
     name = "cifar-10-batches-bin"
     for folder in (directory, directory / name):
         if (folder / "test_batch.bin").is_file():
@@ -220,12 +259,12 @@ def cifar10_folder(directory: Path) -> Path:
             urllib.request.urlretrieve(CIFAR10_URL, part)
         except OSError as error:
             raise FileNotFoundError(
-                f"CIFAR-10 is not in {directory} and could not be fetched ({error}): put {archive.name} from "
+                f"CIFAR-10 is not in {show(directory)} and could not be fetched ({error}): put {archive.name} from "
                 f"{CIFAR10_URL} there, or name the folder that has it with --data-dir") from None
         part.replace(archive)
     digest = hashlib.md5(archive.read_bytes()).hexdigest()
     if digest != CIFAR10_MD5:
-        raise ValueError(f"{archive} has the md5 sum {digest} instead of {CIFAR10_MD5}: "
+        raise ValueError(f"{show(archive)} has the md5 sum {digest} instead of {CIFAR10_MD5}: "
                          "remove it to fetch it again")
     with tarfile.open(archive) as tar:
         tar.extractall(directory, filter="data")
@@ -256,20 +295,14 @@ def fixed_order(count: int, batch_size: int, key: Key = None, rank: int = 0,
     return [[(index, key) for index in mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
 
 
-def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device, workers: int,
-         field: str = "image", channels: int = 3) -> Iterator[Tensor]:
-    """What a first stage sees of each batch of an order: (B, C, H, W) on the device; see `as_input`."""
+def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device,
+         workers: int) -> Iterator[dict[str, Tensor]]:
+    """The fields of each batch of an order on the device, (B, ...) of the types above; see `as_input`."""
     batches = DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=device.type == "cuda",
-                         worker_init_fn=leave_interrupts_to_the_run,
+                         worker_init_fn=ignore_signals,
                          generator=torch.Generator())  # its own: must not advance the run's random state
     for batch in batches:
-        values = batch[field]
-        if field == "segmentation":
-            largest = int(values.masked_fill(values == NO_LABEL, 0).max())
-            if largest >= channels:
-                raise ValueError(f"a mask has the label {largest}, but segments is {channels}: "
-                                 "raise --segments, or name the label of no class with --void-label")
-        yield as_input(values.to(device, non_blocking=True), field, channels)
+        yield {field: values.to(device, non_blocking=True) for field, values in batch.items()}
 
 
 def as_input(values: Tensor, field: str, channels: int) -> Tensor:
@@ -294,55 +327,13 @@ def as_pictures(inputs: Tensor, field: str) -> Tensor:
     return torch.where(inputs.any(1, keepdim=True), pictures, -1.0)
 
 
-def leave_interrupts_to_the_run(worker: int):
-    """Ctrl-C reaches all processes: the run decides when to stop, its workers go on until then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker: int):
+    """Signals reach all processes of a group: the run decides when to stop, its workers go on until then."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def worker_count(asked: int, name: str) -> int:
     """Processes that prepare pictures. −1 asked: none for data in memory or drawn, else one per core, ≤ 8."""
     return min(8, os.cpu_count() or 1) if asked < 0 and name in LAYOUTS else max(asked, 0)
-
-
-@torch.no_grad()
-def code_cache(directory: Path, dataset, views: int, seed: int, first_stage: str,
-               encode: Callable[[Tensor], Tensor], grid: tuple[int, int], batch_size: int,
-               device: torch.device, workers: int, rank: int, world: int) -> ndarray:
-    """Codes of each picture of a data set, (views, N, h, w) uint16 as a read-only memory map of a file.
-
-    View 0 is the plain picture, the others are cropped and flipped at random. The file's name is the hash of
-    all that its codes depend on: `first_stage` (the hash of its weights), the pictures and the views. So a
-    stale file is never read, and runs of all orders share one. `encode` takes images (B, C, H, W) to codes
-    (B, h, w); with several processes each encodes its share.
-    """
-    text = json.dumps([first_stage, dataset.fingerprint(), views, seed if views > 1 else None])
-    path = directory / f"codes-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
-    missing = [None if path.is_file() else os.getpid()]
-    if world > 1:
-        torch.distributed.broadcast_object_list(missing, device=device)  # all agree, and on one part file
-    if missing[0] is not None:
-        part = path.with_suffix(f".{missing[0]}.part")
-        if rank == 0:
-            print(f"encoding {views * len(dataset):,} pictures into {path}", flush=True)
-            directory.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(part, "w+", np.uint16, (views, len(dataset), *grid)).flush()
-            if hasattr(os, "posix_fallocate"):  # a full disk: an error here, not a crash later
-                with part.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-        wait_for_all(world)
-        codes = np.lib.format.open_memmap(part, "r+")  # (views, N, h, w)
-        for view in range(views):
-            order = fixed_order(len(dataset), batch_size, None if view == 0 else (seed, view), rank, world)
-            for batch, images in zip(order, load(dataset, order, device, workers)):
-                codes[view, [index for index, _ in batch]] = encode(images).cpu().numpy().astype(np.uint16)
-        codes.flush()
-        wait_for_all(world)
-        if rank == 0:
-            part.replace(path)
-        wait_for_all(world)
-    return np.load(path, mmap_mode="r")
-
-
-def wait_for_all(world: int):
-    if world > 1:
-        torch.distributed.barrier()

@@ -1,0 +1,369 @@
+"""Which files belong to a data set, and each as an array: pictures, masks, depth maps, poses (§4, §A.2).
+
+A layout lists a folder as records, one a picture: {"image": file, "segmentation": file, …, "class": label}, with
+the fields asked for. What is missing or cannot be told raises FileNotFoundError or ValueError.
+
+    folder               any pictures, or images/x.jpg beside segmentation/x.png, depth/x.png and pose/x.png;
+                         in train/ and val/, or one name in 20 is kept for validation; class subfolders
+    imagenet             train/<wnid>/*.JPEG, val/<wnid>/*.JPEG; depth maps in depth/train/<wnid>/, depth/val/
+    restricted-imagenet  the same folder; nine groups of its 1,000 classes
+    ade20k               images/{training,validation}/*.jpg, annotations/{training,validation}/*.png
+    deepfashion          in-shop: img/…, list_landmarks_inshop.txt, and if there list_eval_partition.txt
+
+Symbols: H×W pixels, S×S after cropping, J key points.
+"""
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy import ndarray
+from PIL import Image, ImageColor, ImageDraw, ImageOps
+
+Record = dict[str, Path | ndarray | int]
+Listing = tuple[list[Record], tuple[str, ...]]  # the records of a split, and the names of the classes
+
+READER_VERSION = 1  # raise it when anything here changes what a file becomes: cached codes are then made anew
+
+FIELDS = ("image", "segmentation", "depth", "pose")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")  # case does not matter
+SUFFIXES = {"image": PICTURES,
+            "segmentation": (".png", ".bmp", ".tif", ".tiff"),  # not lossy, nor GIF, which renumbers labels
+            "depth": (*PICTURES, ".npy"), "pose": (*PICTURES, ".npy")}
+VALIDATION_SHARE = 20  # one picture in 20 of a folder without a validation split
+VALIDATION_FOLDERS = ("val", "valid", "validation")
+SPLIT_FOLDERS = {"train", "training", *VALIDATION_FOLDERS, "test", "testing"}
+# What lies in folders of these names belongs to pictures, and must never be trained as pictures.
+MASK_FOLDERS = {*FIELDS[1:], "mask", "masks", "label", "labels", "annotation", "annotations", "segmentations",
+                "segmentationclass", "depths", "poses"}
+NO_LABEL = 255  # in a mask: this pixel has none
+# A label is never a mixture of two, and depth stays in [−1, 1], which bicubic would leave.
+RESAMPLING = {"image": Image.Resampling.BICUBIC, "segmentation": Image.Resampling.NEAREST,
+              "depth": Image.Resampling.BILINEAR, "pose": Image.Resampling.BILINEAR}
+ADE20K_SEGMENTS = 151  # 150 classes, and 0 for anything else
+# Restricted ImageNet: the first and last of ImageNet's 1,000 sorted classes, counted from 0.
+RESTRICTED = {"dog": (151, 268), "cat": (281, 285), "frog": (30, 32), "turtle": (33, 37), "bird": (80, 100),
+              "primate": (365, 382), "fish": (389, 397), "crab": (118, 121), "insect": (300, 319)}
+# DeepFashion's landmarks of upper-body (1), lower-body (2) and full-body (3) clothes, as indices into the
+# eight of the last: left and right collar, sleeve, waistline, hem.
+LANDMARKS = {"1": (0, 1, 2, 3, 6, 7), "2": (4, 5, 6, 7), "3": (0, 1, 2, 3, 4, 5, 6, 7)}
+
+
+def show(name: Path | str | Exception) -> str:
+    """A name in an error message of one line: newlines and bytes that are no UTF-8 are replaced."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(name))
+
+
+def list_files(folder: Path, field: str) -> list[Path]:
+    """The files of a field anywhere below a folder, sorted. Links are followed, but no folder is listed twice.
+
+    Hidden files are left out: a Mac (._a.jpg) and Jupyter (.ipynb_checkpoints/) leave what is no data.
+    """
+    files, visited = [], set()
+    for place, folders, names in os.walk(folder, onerror=refuse_unreadable, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if os.path.realpath(place) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(place))
+        files += [Path(place, name) for name in names
+                  if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES[field]]
+    return sorted(files)
+
+
+def refuse_unreadable(error: OSError):
+    raise FileNotFoundError(f"{show(error.filename)} cannot be listed ({error.strerror})")
+
+
+def subfolders(folder: Path) -> dict[str, Path]:
+    """The visible folders in a folder by their names in lower case; {} if there is no such folder."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.name.lower(): path for path in paths if path.is_dir() and not path.name.startswith(".")}
+
+
+def pair_by_stem(folders: dict[str, Path]) -> list[Record]:
+    """A record for each file below the first folder, with the files of the same name in the others.
+
+    Names are compared without their suffix. Raises if a folder is missing or empty, a file alone or doubled.
+    """
+    files = {field: {} for field in folders}  # field → name below its folder → file
+    for field, folder in folders.items():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{show(folder)} is no folder; {field} files are expected there")
+        for path in list_files(folder, field):
+            name = path.relative_to(folder)
+            other = files[field].setdefault(name.with_suffix("") if len(folders) > 1 else name, path)
+            if other != path:
+                raise ValueError(f"{show(other)} and {show(path.name)} belong to one picture: remove one")
+    (first, names), *others = files.items()
+    if not names:
+        raise FileNotFoundError(f"{show(folders[first])} has no pictures ({' '.join(SUFFIXES[first])}); "
+                                "put some there, or name another --data-dir")
+    for field, partners in others:
+        alone = sorted(set(names) ^ set(partners))
+        if alone:
+            there, missing = (first, field) if alone[0] in names else (field, first)
+            raise FileNotFoundError(
+                f"{show(folders[there] / alone[0])} ({there}) has no partner in {show(folders[missing])} "
+                f"({missing}); {len(alone)} files are alone: add what is missing, or remove them")
+    return [{field: files[field][name] for field in folders} for name in names]
+
+
+def label_classes(records: list[Record], folders: dict[str, Path], classes: tuple[str, ...]):
+    """Give each record the index of its class folder, the first on the way to its file."""
+    field, root = next(iter(folders.items()))
+    labels = {name: label for label, name in enumerate(classes)}
+    for record in records:
+        name = record[field].relative_to(root).parts[0]
+        if name not in labels:
+            some = ", ".join(map(show, classes[:3])) or "there is none"
+            raise FileNotFoundError(f"{show(record[field])} is in no class folder of training ({some}, …): sort "
+                                    "all pictures into a folder for each class, of the same names in each split")
+        record["class"] = labels[name]
+
+
+def any_folder(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
+    """Your own pictures; masks, depth maps and poses in folders of that name beside images/."""
+    there = subfolders(directory)
+    validation = [there[name] for name in VALIDATION_FOLDERS if name in there]
+    if len(validation) > 1 or "train" not in there and SPLIT_FOLDERS & set(there):
+        raise unclear(directory)
+    train = there.get("train", directory)
+    validation = validation[0] if validation else there.get("test")
+    folders = field_folders(validation if split == "val" and validation else train, fields)
+    records, classes = pair_by_stem(folders), ()
+    field, root = next(iter(folders.items()))
+    if "class" in fields:
+        places = subfolders(field_folders(train, fields)[field]).values()
+        classes = tuple(place.name for place in places if list_files(place, field))
+        label_classes(records, folders, classes)
+    if validation:
+        return records, classes
+    hashes = [path_hash(record[field].relative_to(root)) for record in records]
+    kept = [value % VALIDATION_SHARE == 0 for value in hashes]
+    kept = kept if any(kept) else [value == min(hashes) for value in hashes]  # at least one
+    return [record for record, validates in zip(records, kept) if validates == (split == "val")], classes
+
+
+def field_folders(root: Path, fields: tuple[str, ...]) -> dict[str, Path]:
+    """Where the files of each field lie. ValueError if masks may be among the pictures, or splits in images/."""
+    there, asked = subfolders(root), [field for field in fields if field != "class"] or ["image"]
+    beside = set(FIELDS[1:]) & set(there)
+    images = there.get("images", root if asked == ["image"] else root / "images")
+    mixed = len(there) > 1 and not beside if "images" in there else MASK_FOLDERS & set(there)
+    if "image" in asked and mixed:
+        raise unclear(root)
+    folders = {field: images if field == "image" else there.get(field, root / field) for field in asked}
+    if "pose" in folders and any(path.suffix.lower() == ".npy" for path in list_files(folders["pose"], "pose")):
+        folders["image"] = images  # its size is needed to draw the key points
+    for folder in folders.values():
+        if SPLIT_FOLDERS & set(subfolders(folder)):
+            raise unclear(folder)
+    return folders
+
+
+def unclear(folder: Path) -> ValueError:
+    names = ", ".join(show(path.name) for path in subfolders(folder).values())
+    return ValueError(f"{show(folder)} has the folders {names}: which are pictures, and which for validation, "
+                      "cannot be told; expected are train/ and val/ or neither, and in them either pictures or "
+                      "images/ beside segmentation/, depth/ or pose/ (ADE20K as it is: --data ade20k)")
+
+
+def path_hash(path: Path) -> int:
+    """A number that depends on a name without its suffix: adding files moves no other between the splits."""
+    return int(hashlib.sha256(os.fsencode(path.with_suffix("").as_posix())).hexdigest(), 16)
+
+
+def imagenet(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
+    """A label is the index of its class folder among the sorted ones of train/."""
+    asked = [field for field in fields if field != "class"] or ["image"]
+    folders = {field: directory / split if field == "image" else directory / field / split for field in asked}
+    records = pair_by_stem(folders)
+    classes = tuple(path.name for path in subfolders(directory / "train").values())
+    label_classes(records, folders, classes)
+    return records, classes
+
+
+def restricted_imagenet(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
+    """Nine groups of similar classes; 0 to 8 in the order of `RESTRICTED`. Other classes are left out."""
+    records, classes = imagenet(directory, split, fields)
+    if len(classes) != 1000:
+        raise FileNotFoundError(f"{show(directory / 'train')} has {len(classes)} class folders; "
+                                "restricted-imagenet counts through all 1,000, of which some may be empty")
+    group = {label: i for i, (first, last) in enumerate(RESTRICTED.values()) for label in range(first, last + 1)}
+    return [record | {"class": group[record["class"]]} for record in records
+            if record["class"] in group], tuple(RESTRICTED)
+
+
+def ade20k(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
+    """Scene parsing: labels 1 to 150, and 0 for anything else."""
+    place = {"train": "training", "val": "validation"}[split]
+    return pair_by_stem({field: directory / ("images" if field == "image" else "annotations") / place
+                         for field in fields}), ()
+
+
+def deepfashion(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
+    """In-shop clothes retrieval: landmarks are key points (8, 3), "query" and "gallery" for validation."""
+    names = ("Anno/list_landmarks_inshop.txt", "Img/img", "Eval/list_eval_partition.txt")
+    places = [(directory / name, directory / Path(name).name) for name in names]
+    landmarks, images, partition = (next(filter(Path.exists, place), None) for place in places)
+    if not landmarks or not images:
+        name = names[1] if landmarks else names[0]
+        raise FileNotFoundError(f"{show(directory)} has no {name}, nor that without {Path(name).parent}/; "
+                                "name the folder of DeepFashion's in-shop benchmark")
+    states = {"train": False, "query": True, "gallery": True}
+    validates = read_list(partition, lambda words: states[words[-1]]) if partition else {}
+    return [{"image": images.parent / name, "pose": points}
+            for name, points in read_list(landmarks, landmark_points).items()
+            if (split == "val") == validates.get(name, path_hash(Path(name)) % VALIDATION_SHARE == 0)], ()
+
+
+def read_list(path: Path, parse: Callable[[list[str]], ndarray | bool]) -> dict[str, ndarray | bool]:
+    """What `parse` makes of the words after the name in each line, by name. Raises ValueError if it cannot."""
+    parsed = {}
+    for i, line in enumerate(path.read_bytes().split(b"\n")):
+        name, *words = os.fsdecode(line).split() or [""]
+        heading = i < 2 and Path(name).suffix.lower() not in PICTURES  # the count, and the columns' names
+        try:
+            parsed |= {name: parse(words)} if name and not heading else {}
+        except (IndexError, KeyError, ValueError):
+            raise ValueError(f"{show(path)} has a line {i + 1} for {show(name)} that is not like the official "
+                             "ones: fetch it again") from None
+    return parsed
+
+
+def landmark_points(words: list[str]) -> ndarray:
+    """Landmarks of a line as key points (8, 3): x, y, and 0 where one is cut off or not on such clothes."""
+    clothes, _, *numbers = words
+    state, x, y = np.array(numbers, np.float32).reshape(-1, 3).T  # state: 0 visible, 1 occluded, 2 cut off
+    points = np.zeros((8, 3), np.float32)
+    points[list(LANDMARKS[clothes])] = np.stack([x, y, state < 2], axis=1)
+    return points
+
+
+LAYOUTS = {"folder": any_folder, "imagenet": imagenet, "restricted-imagenet": restricted_imagenet,
+           "ade20k": ade20k, "deepfashion": deepfashion}
+
+
+def files_digest(directory: Path, records: list[Record], times: bool) -> str:
+    """SHA-256 of the files' names below a folder and their sizes; `times`: also of when they were modified."""
+    digest = hashlib.sha256()
+    for value in (value for record in records for value in record.values()):
+        if isinstance(value, Path):
+            status = value.stat()
+            name = os.fsencode(value).removeprefix(os.fsencode(directory))
+            value = (name, status.st_size, status.st_mtime_ns if times else 0)
+        digest.update(repr(value.tolist() if isinstance(value, ndarray) else value).encode())
+    return digest.hexdigest()
+
+
+def open_image(path: Path, size: int = 0) -> Image.Image:
+    """A picture file, upright; ValueError if it is none. For JPEG, `size` skips detail that a resize loses."""
+    try:
+        with Image.open(path) as file:
+            if size:
+                file.draft("RGB", (2 * size, 2 * size))
+            return ImageOps.exif_transpose(file)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{show(path)} cannot be read as a picture ({show(error)}): remove or replace it") from None
+
+
+def open_rgb(path: Path, size: int) -> Image.Image:
+    """Any picture as RGB, transparency laid on white. Grey, palette, CMYK and 16-bit are converted."""
+    picture = open_image(path, size)
+    if picture.mode.startswith(("I", "F")):  # 16-bit grey: scale to 8 bits, `convert` would clip
+        grey = np.asarray(picture, np.float32)
+        scale = 257 if picture.mode.startswith("I;16") or grey.max() > 255 else 1
+        picture = Image.fromarray((grey / scale).clip(0, 255).round().astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def open_labels(path: Path, void_label: int = NO_LABEL, segments: int = 0) -> Image.Image:
+    """A mask, grey or palette, as mode L: the label of each pixel, below `segments` (0: any), or 255 for none."""
+    picture = open_image(path)
+    if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
+        raise ValueError(f"{show(path)} is a picture in colours ({picture.mode}); a mask has one channel, with "
+                         "the number of a label in each pixel: save it as 8-bit grey or with a palette")
+    labels = np.array(picture).astype(np.int64)  # of a palette the index
+    labels[labels == void_label] = NO_LABEL
+    limit = segments or NO_LABEL
+    wrong = labels[(labels != NO_LABEL) & ((labels < 0) | (labels >= limit))]
+    if wrong.size:
+        raise ValueError(f"{show(path)} has the label {wrong.flat[0]}, but those of {limit} segments go from 0 to "
+                         f"{limit - 1}: correct the mask, train its first stage with more --segments, or name the "
+                         "label of no class with --void-label")
+    return Image.fromarray(labels.astype(np.uint8))
+
+
+def open_depth(path: Path) -> Image.Image:
+    """A depth map of one channel, mode F, scaled from its smallest and largest value to [−1, 1]; §4 (ii).
+
+    A picture of 8, 16 or 32 bits, or an array (H, W) in a .npy file. ValueError for anything else.
+    """
+    if path.suffix.lower() == ".npy":
+        depth = open_array(path)
+    else:
+        picture = open_image(path)
+        depth = np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)  # a palette is of colours
+    depth = np.squeeze(depth).astype(np.float64)  # float32 would round large numbers off before the scaling
+    if depth.ndim != 2 or not depth.size:
+        raise ValueError(f"{show(path)} has the shape {depth.shape}; a depth map has one channel, (H, W)")
+    if not np.isfinite(depth).all():
+        raise ValueError(f"{show(path)} has depths that are infinite or not a number: remove or replace it")
+    low, high = depth.min(), depth.max()
+    depth = (depth - low) / (high - low) * 2 - 1 if high > low else np.zeros_like(depth)
+    return Image.fromarray(depth.astype(np.float32))
+
+
+def open_array(path: Path) -> ndarray:
+    """The numbers in a .npy file. Raises ValueError for anything else."""
+    try:
+        with path.open("rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"of {array.dtype}, not of numbers")
+        return array
+    except Exception as error:  # damaged bytes can raise anything
+        raise ValueError(f"{show(path)} cannot be read as an array ({show(error)}): remove or replace it") from None
+
+
+def open_pose(pose: Path | ndarray, image: Path | None, size: int) -> Image.Image:
+    """A picture of a pose; or key points, an array or in a .npy file, which are drawn as large as the image.
+
+    They are (J, 2), x and y in pixels of the image, or (J, 3) with 0 in the last column where one is unknown.
+    Without an image they are pixels of the S×S picture; ValueError if they do not fit into it.
+    """
+    if isinstance(pose, Path) and pose.suffix.lower() != ".npy":
+        return open_rgb(pose, size)
+    points = open_array(pose) if isinstance(pose, Path) else pose
+    if points.ndim != 2 or points.shape[1] not in (2, 3):
+        raise ValueError(f"{show(pose)} has the shape {points.shape}; key points are (J, 2), x and y in pixels "
+                         "of the image, or (J, 3) with 0 in the last column where one is unknown")
+    if image:
+        return draw_keypoints(points, open_image(image).size)
+    if np.nanmax(points[:, :2], initial=0) > size:
+        raise ValueError(f"{show(pose)} has key points up to {np.nanmax(points[:, :2]):.0f}: without an image they "
+                         f"are pixels of a picture of {size}×{size}; scale them to that")
+    # Drawn at four times the size, so that the resize smooths the edges.
+    return draw_keypoints(points * np.array([4, 4, 1])[:points.shape[1]], (4 * size, 4 * size))
+
+
+def draw_keypoints(points: ndarray, size: tuple[int, int], limbs: tuple = ()) -> Image.Image:
+    """Key points (J, 2 or 3) as discs of J hues on black, size (width, height); §4 (iii).
+
+    `limbs` are pairs of points to be joined, in the second one's hue.
+    """
+    known = np.isfinite(points).all(1) & (points[:, 2:] > 0).all(1)  # (J,)
+    hues = [ImageColor.getrgb(f"hsv({360 * j / len(points):.0f},100%,100%)") for j in range(len(points))]
+    picture = Image.new("RGB", size)
+    draw, radius = ImageDraw.Draw(picture), min(size) / 24  # 1.3 pixels at 32×32: thinner ones get lost
+    for a, b in limbs:
+        if known[a] and known[b]:
+            draw.line([tuple(points[a, :2]), tuple(points[b, :2])], fill=hues[b], width=round(1.5 * radius))
+    for j in np.flatnonzero(known):
+        draw.circle(tuple(points[j, :2]), radius, fill=hues[j])
+    return picture
