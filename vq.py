@@ -1,9 +1,10 @@
-"""The first stage: a convolutional autoencoder whose latent grid is quantized with a codebook (§2; §A.1).
+"""The first stage: a convolutional autoencoder with a vector-quantized latent grid (VQVAE, §2, §A.1).
 
     images (B, C, H, W) → encoder → latents (B, D, h, w) → nearest of K codes → decoder → images (B, C, H, W)
 
-The paper's network takes 256×256×3 to 16×16×256 with 1,024 codes; for CIFAR-10 it halves the picture once,
-32×32 to 16×16. Images are float32 in [−1, 1]; masks come as one-hot channels, and back as logits.
+The paper's network maps 256×256×3 to 16×16×256 with 1,024 codes; its CIFAR-10 network downsamples once, 32×32
+to 16×16. Images are float32 in [−1, 1]; masks are one-hot channels going in and logits coming out.
+`Palette` has the same interface for the pixel baseline: no network, each pixel is one of 512 colours (§2).
 
 Symbols: B batch, C channels, H×W pixels, h×w code grid, K codes, D code width, N = B·h·w vectors.
 """
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import taming
 from kernels import nearest_code
-from losses import PatchDiscriminator, PerceptualLoss  # used only in training, but part of the first stage
+from losses import PatchDiscriminator, PerceptualLoss  # re-exported: used only to train the first stage
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,12 @@ class VQConfig:
     """All that is needed to rebuild the network. Raises ValueError for sizes that do not fit together."""
     image_channels: int = 3
     base_channels: int = 128  # channels at full resolution; this and the next two as in the authors' model
-    channel_multipliers: str = "1,1,2,2,4"  # of base_channels, per resolution; commas halve: 256 → 16, §A.1
+    channel_multipliers: str = "1,1,2,2,4"  # of base_channels, for each resolution: 256 down to 16, §A.1
     residual_blocks: int = 2  # per resolution in the encoder, one more in the decoder
     codebook_size: int = 1024  # K, §A.1
     code_width: int = 256  # D, §A.1
     commitment_weight: float = 0.25  # β, §A.1
-    group_channels: int = 4  # at least so many are normalized together, in at most 32 groups
+    group_channels: int = 4  # minimum channels per group of a GroupNorm, which has at most 32 groups
 
     def __post_init__(self):
         for name in ("image_channels", "base_channels", "residual_blocks", "codebook_size", "code_width",
@@ -46,9 +47,8 @@ class VQConfig:
         for width in self.widths:
             groups = norm_groups(width, self.group_channels)
             if width % groups:
-                raise ValueError(
-                    f"{width} channels do not split into {groups} groups for normalization; "
-                    "choose base_channels and channel_multipliers whose products are multiples of 32")
+                raise ValueError(f"{width} channels do not split into {groups} groups for normalization; "
+                                 "choose base_channels × channel_multipliers that are multiples of 32")
         if not self.commitment_weight >= 0:
             raise ValueError(f"commitment_weight is {self.commitment_weight}; it must not be negative")
 
@@ -64,7 +64,7 @@ class VQConfig:
 
 
 def norm_groups(channels: int, group_channels: int = VQConfig.group_channels) -> int:
-    """Groups for normalization: the authors' 32, fewer for narrow layers so that each keeps some channels."""
+    """Groups of a GroupNorm: 32, as the authors have; fewer where a group would have too few channels."""
     return min(32, max(1, channels // group_channels))
 
 
@@ -77,9 +77,9 @@ def conv(channels: int, out_channels: int, size: int = 3) -> nn.Conv2d:
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut; starts near the shortcut, which trains faster."""
+    """Pre-activation residual block with a zero-initialized last convolution."""
 
-    gradient_checkpointing = False  # run `layers` again in the backward pass instead of keeping its insides
+    gradient_checkpointing = False  # recompute the activations of `layers` in the backward pass
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
@@ -95,7 +95,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head attention between all cells of the coarsest grid; starts near the identity."""
+    """Single-head self-attention over all cells of the grid, with a zero-initialized output projection."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -149,7 +149,7 @@ def encoder(config: VQConfig) -> nn.Sequential:
 
 
 def decoder(config: VQConfig) -> nn.Sequential:
-    """quantized latents (B, D, h, w) → images (B, C, H, W): the encoder reversed (§A.1)."""
+    """quantized latents (B, D, h, w) → images (B, C, H, W): the encoder mirrored (§A.1)."""
     channels = config.widths[-1]
     layers = [conv(config.code_width, config.code_width, 1), conv(config.code_width, channels)]
     layers += [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
@@ -165,21 +165,59 @@ def decoder(config: VQConfig) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def as_vectors(latents: Tensor) -> Tensor:
+    """(B, D, h, w) → (N, D), in row-major order of the cells."""
+    return latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+
+
+def assign_codes(latents: Tensor, codebook: Tensor) -> Tensor:
+    """The nearest code at each cell: latents (B, D, h, w), codebook (K, D) → (B, h, w) int64."""
+    B, _, h, w = latents.shape
+    return nearest_code(as_vectors(latents.float()), codebook).view(B, h, w)
+
+
+def kmeans_plusplus(vectors: Tensor, count: int, centres: Tensor) -> Tensor:
+    """Draw `count` of the vectors (N, D) as further centres beside those given (M, D): (count, D).
+
+    Each with probability proportional to the squared distance to its nearest centre so far. Drawn uniformly,
+    most centres would fall where the vectors are dense, in pictures on the shades of an empty sky.
+    """
+    distance = torch.full((len(vectors),), 1e30, device=vectors.device)  # (N,) squared, to the nearest centre
+    if len(centres):
+        distance = (vectors - centres[nearest_code(vectors, centres)]).square().sum(1)
+    drawn = torch.empty(count, vectors.shape[1], device=vectors.device)
+    for i in range(count):
+        drawn[i] = vectors[torch.multinomial(distance.clamp(min=1e-12), 1)[0]]
+        distance = distance.minimum((vectors - drawn[i]).square().sum(1))
+    return drawn
+
+
+def kmeans(vectors: Tensor, count: int, iterations: int = 10) -> Tensor:
+    """Lloyd's algorithm: vectors (N, D) float32 → centres (count, D). An empty cluster keeps its centre."""
+    centres = kmeans_plusplus(vectors, count, centres=vectors[:0])  # (count, D)
+    for _ in range(iterations):
+        nearest = nearest_code(vectors, centres)  # (N,)
+        sizes = torch.bincount(nearest, minlength=count)[:, None]  # (count, 1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)  # (count, D)
+        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
+    return centres
+
+
 class Quantizer(nn.Module):
-    """Replaces each latent vector by the nearest of K codes (§2, [8]). In float32, under autocast too."""
+    """Vector quantization with a learned codebook (§2, [8]). Computes in float32, under autocast too."""
 
     def __init__(self, config: VQConfig):
         super().__init__()
         self.commitment_weight = config.commitment_weight
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.code_width))
-        # Until `initialize` sees data:
+        # Overwritten by `initialize` when training starts:
         nn.init.uniform_(self.codebook, -1 / config.codebook_size, 1 / config.codebook_size)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """latents (B, D, h, w) → quantized (B, D, h, w), codes (B, h, w) int64, scalar loss.
 
-        loss = |sg[z] − e|² + β·|z − sg[e]|², means over all elements: the first term moves the codes, the
-        second the encoder. The gradient of `quantized` is straight-through.
+        loss = |sg[z] − e|² + β·|z − sg[e]|², means over all elements: the first term trains the codebook,
+        the second the encoder. `quantized` passes its gradient straight through to `latents`.
         """
         B, D, h, w = latents.shape
         with torch.autocast(latents.device.type, enabled=False):
@@ -193,17 +231,17 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, vectors: Tensor):
-        """Set the codebook to K-means centres of encoder outputs (N, D): codes start where the data is."""
-        self.codebook.copy_(kmeans(vectors, len(self.codebook), iterations=10))
+        """K-means initialization from encoder outputs (N, D); with a random one most codes stay dead."""
+        self.codebook.copy_(kmeans(vectors, len(self.codebook)))
 
     @torch.no_grad()
     def restart(self, dead: Tensor, vectors: Tensor):
-        """Move the codes marked in `dead` (K,) bool onto encoder outputs (N, D) that no code is near to."""
-        self.codebook[dead] = draw_apart(vectors, int(dead.sum()), self.codebook[~dead])
+        """Reinitialize the dead codes, (K,) bool, with encoder outputs (N, D) far from the live codes."""
+        self.codebook[dead] = kmeans_plusplus(vectors, int(dead.sum()), self.codebook[~dead])
 
 
 class VQ(nn.Module):
-    """The autoencoder. `encode` and `decode` go from pictures to codes and back; `forward` is to train."""
+    """The autoencoder: `forward` for training, `encode` and `decode` between images and codes after it."""
 
     def __init__(self, config: VQConfig, gradient_checkpointing: bool = False):
         super().__init__()
@@ -219,11 +257,11 @@ class VQ(nn.Module):
 
     @classmethod
     def from_taming(cls, path: str | Path) -> "VQ":
-        """The first stage in a file of the authors' taming-transformers: a VQ model's, or a transformer's.
+        """Load the first stage of a taming-transformers checkpoint: of a VQ model, or inside a transformer's.
 
-        The file does not tell β. The default is set, which only further training reads: theirs had 1 on the
-        commitment term and 0.25 on the codebook's. Raises FileNotFoundError; ValueError for another file, or
-        a network unlike ours. Nothing in the file is run.
+        β, which only further training reads, is not in the file and stays the default (theirs weighted the
+        commitment term by 1, the codebook term by 0.25). No code in the file is executed.
+        Raises FileNotFoundError; ValueError for another kind of file or another architecture.
         """
         vq = cls(VQConfig(**taming.vq_sizes(path)))
         vq.load_state_dict(taming.vq_weights(path, vq.state_dict()))
@@ -235,9 +273,9 @@ class VQ(nn.Module):
         return self.decoder(quantized), codes, loss
 
     def latents(self, images: Tensor) -> Tensor:
-        """What the quantizer sees: images (B, C, H, W) → (B, D, h, w).
+        """Encoder outputs, not yet quantized: images (B, C, H, W) → (B, D, h, w).
 
-        Raises ValueError if the picture does not halve evenly.
+        Raises ValueError for another number of channels, or sides that `downsampling` does not divide.
         """
         channels, f = self.config.image_channels, self.config.downsampling
         if images.ndim != 4 or images.shape[1] != channels or images.shape[2] % f or images.shape[3] % f:
@@ -248,9 +286,7 @@ class VQ(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) float32 in [−1, 1] → codes (B, h, w) int64 in [0, K)."""
-        latents = self.latents(images)  # (B, D, h, w)
-        codes = nearest_code(as_vectors(latents.float()), self.quantizer.codebook)  # (N,)
-        return codes.view(len(images), *latents.shape[2:])
+        return assign_codes(self.latents(images), self.quantizer.codebook)
 
     def embed(self, codes: Tensor) -> Tensor:
         """The codebook rows of codes (B, h, w): (B, D, h, w) float32."""
@@ -261,52 +297,49 @@ class VQ(nn.Module):
         """codes (B, h, w) int64 in [0, K) → images (B, C, H, W), near [−1, 1] but not clamped to it."""
         return self.decoder(self.embed(codes)).float()
 
-
-def as_vectors(latents: Tensor) -> Tensor:
-    """(B, D, h, w) → (N, D), in row-major order of the cells."""
-    return latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
-
-
-def draw_apart(vectors: Tensor, count: int, taken: Tensor) -> Tensor:
-    """`count` of the vectors (N, D), far from those taken (M, D) and from each other: (count, D).
-
-    The seeding of k-means++: each with a probability that grows with the squared distance to the nearest one
-    taken before. A plain draw would follow the density and spend half of the codes on shades of an empty sky.
-    """
-    distance = torch.full((len(vectors),), 1e30, device=vectors.device)  # (N,) squared, to the nearest taken
-    if len(taken):
-        distance = (vectors - taken[nearest_code(vectors, taken)]).square().sum(1)
-    drawn = torch.empty(count, vectors.shape[1], device=vectors.device)
-    for i in range(count):
-        drawn[i] = vectors[torch.multinomial(distance.clamp(min=1e-12), 1)[0]]
-        distance = distance.minimum((vectors - drawn[i]).square().sum(1))
-    return drawn
+    @torch.no_grad()
+    def requantize(self, codes: Tensor, size: int) -> Tensor:
+        """Codes (B, h, w) → embeddings → average-pooled → codes (B, size, size), a coarser scale (§3)."""
+        h, w = codes.shape[1:]
+        if size < 1 or h % size or w % size:
+            raise ValueError(f"size is {size}; it must be at least 1 and divide both sides of {h}×{w} codes")
+        if h == w == size:
+            return codes  # of equal rows in the codebook a lookup would find the first only
+        pooled = F.avg_pool2d(self.embed(codes), (h // size, w // size))  # (B, D, size, size)
+        return assign_codes(pooled, self.quantizer.codebook)
 
 
-def kmeans(vectors: Tensor, count: int, iterations: int) -> Tensor:
-    """Lloyd's algorithm: vectors (N, D) float32 → centres (count, D). An empty cluster keeps its centre."""
-    centres = draw_apart(vectors, count, taken=vectors[:0])  # (count, D)
-    for _ in range(iterations):
-        nearest = nearest_code(vectors, centres)  # (N,)
-        sizes = torch.bincount(nearest, minlength=count)[:, None]  # (count, 1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)  # (count, D)
-        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
-    return centres
+class Palette(nn.Module):
+    """First stage of the pixel baseline (§2): each pixel's code is the nearest of colours (K, C), [−1, 1]."""
+
+    def __init__(self, colours: Tensor):
+        super().__init__()
+        self.register_buffer("colours", colours)
+
+    @classmethod
+    def fit(cls, pixels: Tensor, count: int) -> "Palette":
+        """`count` K-means centres of training pixels (N, C) float32, or of a random 250,000 of them."""
+        sample = torch.randperm(len(pixels), device=pixels.device)[:250_000]
+        return cls(kmeans(pixels[sample], count))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) → codes (B, H, W) int64 in [0, K). Raises ValueError for another C."""
+        if images.ndim != 4 or images.shape[1] != self.colours.shape[1]:
+            raise ValueError(f"images are {tuple(images.shape)}, not (B, {self.colours.shape[1]}, H, W)")
+        return assign_codes(images, self.colours)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes (B, H, W) int64 in [0, K) → images (B, C, H, W) of their colours."""
+        return self.colours[codes].permute(0, 3, 1, 2)
+
+    embed = decode  # the colours are the embedding
 
 
 def codebook_use(counts: Tensor) -> tuple[int, float]:
-    """From each code's count, (K,): the number of codes in use, and exp(entropy), the perplexity, 1 to K."""
+    """Counts of each code (K,) → the number of codes used, and their perplexity exp(entropy), 1 to K."""
     return int((counts > 0).sum()), math.exp(entropy(counts))
 
 
-def colours_of_use(counts: Tensor) -> Tensor:
-    """A pixel for each code, (K, 3, 1, 1): the larger counts (K,) the brighter, on a log scale; red for 0."""
-    shades = 2 * counts.log1p() / counts.max().log1p() - 1  # (K,) in [−1, 1]
-    unused = torch.tensor([1.0, -1.0, -1.0], device=counts.device)
-    return torch.where(counts[:, None] > 0, shades[:, None], unused)[:, :, None, None]
-
-
 def entropy(counts: Tensor) -> float:
-    """Entropy of counts (K,) in nats: what a model that knows only the codes' frequencies pays per token."""
-    p = counts.double() / counts.sum()
-    return float(-(p * p.clamp(min=1e-300).log()).sum())
+    """Entropy of the distribution that counts (K,) give, in nats: the unigram baseline of a prior's loss."""
+    return float(torch.special.entr(counts.double() / counts.sum()).sum())

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import vq as vq_file
 from kernels import nearest_code
-from vq import (VQ, AttentionBlock, Downsample, Quantizer, ResidualBlock, Upsample, VQConfig, as_vectors,
-                codebook_use, draw_apart, entropy, kmeans, norm_groups)
+from vq import (VQ, AttentionBlock, Downsample, Palette, Quantizer, ResidualBlock, Upsample, VQConfig,
+                as_vectors, codebook_use, entropy, kmeans, kmeans_plusplus, norm_groups)
 
 THIN = VQConfig(3, 8, "1,2", 1, codebook_size=12, code_width=6)
 
@@ -449,7 +449,7 @@ def test_nearest_code_refuses_other_shapes(vectors, codebook):
 def test_kmeans_is_lloyds_algorithm():
     vectors = torch.randn(60, 3)
     torch.manual_seed(5)
-    centres = draw_apart(vectors, 4, vectors[:0]).double().tolist()
+    centres = kmeans_plusplus(vectors, 4, vectors[:0]).double().tolist()
     for _ in range(6):
         members = [[] for _ in centres]
         for x in vectors.double().tolist():
@@ -474,7 +474,7 @@ def test_kmeans_finds_well_separated_clusters():
 def test_empty_cluster_keeps_its_centre(monkeypatch):
     vectors = torch.tensor([[1.0], [2.0], [3.0], [4.0], [7.0]])
     start = torch.tensor([[1.0], [1.0], [4.0], [8.0]])
-    monkeypatch.setattr(vq_file, "draw_apart", lambda vectors, count, taken: start)
+    monkeypatch.setattr(vq_file, "kmeans_plusplus", lambda vectors, count, centres: start)
     # the second equals the first and gets no vector; the last keeps a single one
     assert kmeans(vectors, 4, iterations=1).tolist() == [[1.5], [1.0], [3.5], [7.0]]
 
@@ -504,14 +504,14 @@ def shares(draws: list, outcomes: list) -> list[float]:
 
 def test_vectors_are_drawn_by_their_squared_distance_to_the_nearest_one_taken():
     vectors, taken = torch.tensor([[1.0], [0.0], [5.0], [8.0]]), torch.tensor([[0.0], [10.0]])
-    draws = [draw_apart(vectors, 1, taken).item() for _ in range(3000)]
+    draws = [kmeans_plusplus(vectors, 1, taken).item() for _ in range(3000)]
     # squared distances 1, 0, 25 and 4
     assert shares(draws, [1.0, 0.0, 5.0, 8.0]) == pytest.approx([1 / 30, 0, 25 / 30, 4 / 30], abs=0.03)
 
 
 def test_first_vector_is_drawn_uniformly_and_the_second_away_from_it():
     vectors = torch.tensor([[0.0], [1.0], [3.0]])
-    draws = [tuple(draw_apart(vectors, 2, vectors[:0])[:, 0].tolist()) for _ in range(3000)]
+    draws = [tuple(kmeans_plusplus(vectors, 2, vectors[:0])[:, 0].tolist()) for _ in range(3000)]
     pairs = [(0.0, 1.0), (0.0, 3.0), (1.0, 0.0), (1.0, 3.0), (3.0, 0.0), (3.0, 1.0)]
     expected = [1 / 10, 9 / 10, 1 / 5, 4 / 5, 9 / 13, 4 / 13]
     assert shares(draws, pairs) == pytest.approx([share / 3 for share in expected], abs=0.03)
@@ -520,17 +520,17 @@ def test_first_vector_is_drawn_uniformly_and_the_second_away_from_it():
 def test_no_vector_is_drawn_twice_while_others_wait():
     vectors = torch.arange(6.0)[:, None] * torch.tensor([[1.0, -2.0]])
     for _ in range(20):
-        drawn = draw_apart(vectors, 6, vectors[:0])
+        drawn = kmeans_plusplus(vectors, 6, vectors[:0])
         assert sorted(drawn[:, 0].tolist()) == [0, 1, 2, 3, 4, 5]
-        drawn = draw_apart(vectors, 4, vectors[[0, 3]])
+        drawn = kmeans_plusplus(vectors, 4, vectors[[0, 3]])
         assert sorted(drawn[:, 0].tolist()) == [1, 2, 4, 5]
 
 
 def test_more_vectors_can_be_drawn_than_there_are_or_none():
     vectors = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    drawn = draw_apart(vectors, 7, vectors[:0]).tolist()
+    drawn = kmeans_plusplus(vectors, 7, vectors[:0]).tolist()
     assert len(drawn) == 7 and {tuple(vector) for vector in drawn} == {(1.0, 2.0), (3.0, 4.0)}
-    assert draw_apart(vectors, 0, vectors).shape == (0, 2)
+    assert kmeans_plusplus(vectors, 0, vectors).shape == (0, 2)
 
 
 def test_restart_moves_dead_codes_onto_vectors_and_no_others():
@@ -588,3 +588,62 @@ def test_codebook_use_agrees_with_the_formula():
     assert type(used) is int and used == 4
     assert perplexity == pytest.approx(math.exp(nats), rel=1e-12)
     assert entropy(torch.tensor(counts)) == pytest.approx(nats, rel=1e-12)
+
+
+# coarser scales, and pixels as codes
+
+@pytest.mark.parametrize("h, w, size", [(8, 8, 4), (8, 8, 1), (8, 4, 2), (6, 6, 3), (4, 8, 4)])
+def test_requantize_pools_the_embedded_codes_and_looks_them_up_again(h, w, size):
+    vq = VQ(THIN)
+    vq.quantizer.codebook.data = torch.randint(-9, 10, (12, 6)).float()
+    codes = torch.randint(12, (3, h, w))
+    scale = vq.requantize(codes, size)
+    assert scale.shape == (3, size, size) and scale.dtype == torch.int64
+    pooled = torch.zeros(3, size, size, 6)
+    for b in range(3):
+        for i in range(h):
+            for j in range(w):
+                pooled[b, i * size // h, j * size // w] += vq.quantizer.codebook.data[codes[b, i, j]]
+    pooled /= h // size * (w // size)
+    assert torch.equal(scale.flatten(), slow_nearest(pooled.reshape(-1, 6), vq.quantizer.codebook))
+
+
+def test_requantize_to_the_size_of_the_codes_gives_equal_codes_and_refuses_sizes_that_do_not_divide():
+    vq, codes = VQ(THIN), torch.arange(12).view(1, 6, 2).expand(2, 6, 2)
+    vq.quantizer.codebook.data.fill_(1.0)  # equal rows, which a lookup cannot tell apart
+    square = torch.cat([codes, codes, codes], 2)
+    assert torch.equal(vq.requantize(square, 6), square)
+    for size in (0, -1, 3, 4, 6):
+        with pytest.raises(ValueError, match=f"size is {size}; .* 6×2 codes"):
+            vq.requantize(codes, size)
+
+
+def test_palette_gives_each_pixel_the_nearest_colour():
+    palette = Palette(torch.tensor([[-1.0, -1, -1], [1, 1, 1], [1, -1, -1], [1, -1, -1]]))
+    images = torch.rand(2, 3, 4, 5) * 2 - 1
+    codes = palette.encode(images)
+    assert codes.shape == (2, 4, 5) and codes.dtype == torch.int64
+    assert torch.equal(codes.flatten(), slow_nearest(as_vectors(images), palette.colours))
+    for use in (palette.decode, palette.embed):
+        colours = use(codes)
+        assert colours.shape == (2, 3, 4, 5)
+        assert torch.equal(colours[1, :, 2, 3], palette.colours[codes[1, 2, 3]])
+    assert torch.equal(palette.encode(palette.decode(codes)), codes)
+    copy = Palette(torch.zeros(4, 3))
+    copy.load_state_dict(palette.state_dict())
+    assert torch.equal(copy.encode(images), codes)
+    for shape in ((3, 4, 5), (1, 4, 5, 3), (1, 1, 4, 5)):
+        with pytest.raises(ValueError, match=r"not \(B, 3, H, W\)"):
+            palette.encode(torch.zeros(shape))
+
+
+def test_palette_is_fitted_by_kmeans_to_at_most_250_000_pixels(monkeypatch):
+    colours = torch.tensor([[0.5, -1, 1], [-0.25, 0, 0.75], [1, 1, 1]])
+    fitted = Palette.fit(colours.repeat(100, 1), 3).colours
+    assert sorted(fitted.tolist()) == sorted(colours.tolist())
+    asked = []
+    monkeypatch.setattr(vq_file, "kmeans", lambda vectors, count: asked.append((vectors, count)))
+    for pixels in (250_007, 90):
+        Palette.fit(torch.arange(pixels)[:, None].float(), 5)
+    assert [(vectors.unique().numel(), count) for vectors, count in asked] == [(250_000, 5), (90, 5)]
+    assert asked[0][0].max() >= 250_000  # a random sample, not the first ones
