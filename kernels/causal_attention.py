@@ -329,9 +329,24 @@ def causal_attention_triton(query: Tensor, key: Tensor, value: Tensor) -> Tensor
     return forward_op(query, key, value)[0]
 
 
+def causal_attention_torch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same by torch's fused attention, whose own causal mask is right only for as many queries as keys."""
+    check_shapes(query, key, value)
+    queries, keys = query.shape[2], key.shape[2]
+    if queries == keys:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    if queries == 1:  # it sees all keys
+        return F.scaled_dot_product_attention(query, key, value)
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)  # (Tq, T)
+    return F.scaled_dot_product_attention(query, key, value, visible)
+
+
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """query (B, heads, Tq, d), key and value (B, heads, T, d) → (B, heads, Tq, d); differentiable."""
-    attend = causal_attention_triton if query.is_cuda else causal_attention_reference
+    """query (B, heads, Tq, d), key and value (B, heads, T, d) → (B, heads, Tq, d); differentiable.
+
+    The kernels on a GPU, torch's fused attention elsewhere. Raises ValueError for other shapes or Tq > T.
+    """
+    attend = causal_attention_triton if query.is_cuda else causal_attention_torch
     return attend(query, key, value)
 
 
@@ -343,10 +358,7 @@ def main():
     def draw(T: int) -> Tensor:
         return torch.randn(B, T, heads, d, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
 
-    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # torch's mask is right for square scores only
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
-
-    forms = {"causal_attention_reference": causal_attention_reference, "torch's fused attention": fused}
+    forms = {"causal_attention_reference": causal_attention_reference, "torch's fused attention": causal_attention_torch}
     if device.type == "cuda":
         forms["causal_attention_triton"] = causal_attention_triton
     for Tq, T in ((256, 256), (341, 341), (512, 512), (1024, 1024), (1, 512)):

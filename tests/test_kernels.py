@@ -279,9 +279,7 @@ def test_attention_refuses_shapes_that_do_not_fit(attention, query, key, value):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_on_the_cpu_the_public_names_are_the_references(dtype):
-    inputs = random_attention_inputs(2, 2, 3, 6, 4, dtype)
-    assert torch.equal(causal_attention(*inputs), causal_attention_reference(*inputs))
+def test_on_the_cpu_the_public_lookup_is_the_reference(dtype):
     x, codebook = random(60, 6, seed=1, dtype=dtype), random(30, 6, seed=2, dtype=dtype)
     assert torch.equal(nearest_code(x, codebook), nearest_code_reference(x, codebook))
 
