@@ -99,6 +99,23 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
     return checkpoint
 
 
+def describe_data(config: Any, dataset, checkpoint: dict | None) -> dict[str, str]:
+    """What a data set is recognized by, for the checkpoint; compared with that of a run that goes on.
+
+    A folder that was moved goes on silently, one with other pictures only in the same place, and says so.
+    Raises ValueError for other pictures elsewhere.
+    """
+    known = {"data": config.data, "data_dir": config.data_dir, "digest": dataset.digest()}
+    before = checkpoint["trained_on"] if checkpoint else known
+    if known["digest"] != before["digest"]:
+        if known["data_dir"] != before["data_dir"]:
+            raise ValueError(f"{config.data_dir} holds other pictures than {before['data_dir']}, on which this "
+                             "run was trained; name the folder to which those were moved")
+        print(f"pictures were added to {config.data_dir} or removed: training goes on with those that are there "
+              "now, in an order drawn anew", flush=True)
+    return known
+
+
 def random_state() -> dict[str, Tensor]:
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {"cpu": torch.get_rng_state()} | cuda

@@ -31,6 +31,7 @@ from torch import Tensor
 
 import data
 import run
+from files import list_files
 from gpt import GPT, GPTConfig
 from orderings import TokenLayout
 from stages import FirstStage, Prior, Sampling
@@ -179,9 +180,8 @@ def list_conditions(prior: Prior, config: SampleConfig) -> Iterable[Row]:
                 for label in (find_class(name.strip(), prior.classes) for name in config.class_.split(","))]
     if config.condition:
         stage = prior.stages[prior.condition]
-        shape = tuple(map(int, config.size.split("x"))) if config.size else None
-        return [map_row(stage, data.read_field(path, stage.field, stage.preparation, shape))
-                for path in data.list_inputs(Path(config.condition), stage.field)]
+        return [map_row(stage, data.read_field(path, stage.field, stage.preparation))
+                for path in list_inputs(config.condition, stage.field)]
     return prior.condition and validation_rows(prior, config)
 
 
@@ -204,6 +204,11 @@ def map_row(stage: FirstStage, values: Tensor) -> Row:
     return Row(stage.encode(values.to(device)), None, data.as_pictures(inputs, stage.field), values)
 
 
+def list_inputs(name: str, field: str) -> list[Path]:
+    """The file, or all files of a field in the folder, of that name."""
+    return list_files(Path(name), field) if Path(name).is_dir() else [Path(name)]
+
+
 def find_class(name: str, classes: tuple[str, ...]) -> int:
     """The label of a class, given by name or number. Raises UsageError with the names that come nearest."""
     if name in classes:
@@ -222,7 +227,7 @@ def list_given(prior: Prior, config: SampleConfig) -> Iterator[Row]:
     if config.scales_from and not layout.scales:
         raise run.UsageError(f"--scales-from needs a model of several scales, unlike {config.checkpoint}; "
                              "train one with --multiscale")
-    for path in data.list_inputs(Path(config.complete or config.scales_from), "image"):
+    for path in list_inputs(config.complete or config.scales_from, "image"):
         values = data.read_field(path, "image", image.preparation).to(device)  # (1, 3, S, S)
         shown = data.as_input(values, "image", 3)
         kept = round(config.keep * sum(layout.lengths))

@@ -67,6 +67,13 @@ class FirstStage:
         vq.load_state_dict(state["model"])
         return cls(vq, state["target"], data.Preparation(**state["preparation"]), state["trained_on"])
 
+    def was_trained_on(self, name: str, directory: str) -> bool:
+        """Whether a data set is the one of the training, in the same folder or moved elsewhere."""
+        known = self.trained_on
+        if known["data"] == name and (name == "scenes" or os.path.samefile(known["data_dir"], directory)):
+            return True
+        return data.open_dataset(name, directory, "train", self.preparation).digest() == known["digest"]
+
     def state(self) -> dict:
         """Plain values and tensors, for a checkpoint."""
         return {"model_config": asdict(self.vq.config), "model": self.vq.state_dict(), "target": self.field,

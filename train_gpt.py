@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import run
 import train_vq
-from checkpoints import save_checkpoint, set_random_state
+from checkpoints import describe_data, save_checkpoint, set_random_state
 from gpt import GPT, GPTConfig
 from orderings import ORDERINGS, TokenLayout
 from stages import CodeCache, FirstStage, Prior, Sampling, Stages
@@ -232,7 +232,7 @@ def train_first_stage(config: TrainConfig, field: str, process: run.Process) -> 
         train_vq.main(flags + ([] if config.data == "scenes" else ["--data-dir", config.data_dir]))
         process.wait_for_all()
     stage = FirstStage.load(path, field)
-    if not data.same_pictures(config.data, config.data_dir, stage.preparation, stage.trained_on):
+    if not stage.was_trained_on(config.data, config.data_dir):
         raise ValueError(f"{path} was trained on {stage.trained_on['data_dir']}, not on {config.data_dir}: "
                          f"name it with --{'vq' if field == 'image' else 'condition-vq'} to use it all the "
                          "same, or train another with train_vq.py --out and name that")
@@ -257,7 +257,7 @@ def encode_pictures(config: TrainConfig, stages: Stages, checkpoint: dict | None
     cache = CodeCache(Path(config.codes_dir), config.seed, config.views)
     datasets = {split: data.open_dataset(config.data, config.data_dir, split, preparation)
                 for split in ("train", "val")}
-    trained_on = data.describe_origin(config, datasets["train"], checkpoint)
+    trained_on = describe_data(config, datasets["train"], checkpoint)
     workers = data.worker_count(config.workers, config.data)
     training, validation = (cache.codes(split, dataset, stages, process, workers)
                             for split, dataset in datasets.items())

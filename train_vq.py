@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import run
-from checkpoints import save_checkpoint, set_random_state
+from checkpoints import describe_data, save_checkpoint, set_random_state
 from data import Preparation
-from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, mask_loss, mask_scores,
-                    picture_loss, picture_scores)
+from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, image_loss, mask_loss, score_images,
+                    score_masks)
 from vq import VQ, VQConfig, as_vectors, codebook_use
 
 
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> Path:
     # The pictures, masks, depth maps or poses to be coded.
     training, validation = (data.open_dataset(config.data, config.data_dir, split, config.preparation)
                             for split in ("train", "val"))
-    trained_on = data.describe_origin(config, training, checkpoint)
+    trained_on = describe_data(config, training, checkpoint)
     perceptual = open_perceptual_loss(config, process)
     model_config = (VQConfig(**checkpoint["model_config"]) if checkpoint
                     else config.model(input_channels(config, training, validation)))
@@ -215,12 +215,14 @@ def main(argv: list[str] | None = None) -> Path:
             reconstructions, codes, quantization_loss = model(images)
         reconstructions = reconstructions.float()
         if config.one_hot:
-            labelled = process.total(images.sum()) / world  # pixels with a label weigh alike on all processes
-            loss, parts = mask_loss(images, reconstructions, labelled)
+            loss = mask_loss(images, reconstructions, process.total(images.sum()) / world)
+            parts = {"cross_entropy": loss}
         else:
-            weight = adversary.weight_at(step) if adversary else 0.0
-            loss, parts = picture_loss(images, reconstructions, perceptual, config.perceptual_weight,
-                                       adversary, weight, vq.decoder[-1].weight)
+            loss, parts = image_loss(images, reconstructions, perceptual, config.perceptual_weight)
+        if adversary and adversary.trains(step):
+            generator_loss, parts["lambda"] = adversary.generator_loss(loss, reconstructions,
+                                                                       vq.decoder[-1].weight, step)
+            loss = loss + generator_loss
         optimizer.zero_grad(set_to_none=True)
         (loss + quantization_loss).backward()
         optimizer.step()
@@ -355,8 +357,8 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
         with run.autocast(process.device):
             reconstructions, codes, _ = vq(images)
         reconstructions = reconstructions.float()
-        sums += (mask_scores(images, reconstructions) if config.one_hot
-                 else picture_scores(images, reconstructions, perceptual))
+        sums += (score_masks(images, reconstructions) if config.one_hot
+                 else score_images(images, reconstructions, perceptual))
         counts += count_codes(codes, config.codebook_size)
     *totals, count = process.total(sums).tolist()
     counts = process.total(counts)
