@@ -10,6 +10,7 @@ Symbols: B batch, C channels, H×W pixels, h'×w' patches, x images, x̂ reconst
 """
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,41 +23,38 @@ TAPS = {"vgg16": {3: 64, 8: 128, 15: 256, 22: 512, 29: 512},
         "alexnet": {1: 64, 4: 192, 7: 384, 9: 256, 11: 256}}
 SMALLEST = {"vgg16": 16, "alexnet": 31}  # pixels along a side that leave one value in the deepest layer
 
-# The files of the backbone (torchvision) and of the heads (LPIPS): name in torch.hub's cache, URL, SHA-256.
-LPIPS_URL = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/"
+# The backbone (torchvision) and the heads (LPIPS): URL, SHA-256 and name in torch.hub's cache.
+HEADS_URL = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/"
              "082bb24f84c091ea94de2867d34c4544f68e0963/lpips/weights/v0.1")
 DOWNLOADS = {
-    "vgg16": (
-        ("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth",
-         "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
-        ("lpips-v0.1-vgg.pth", f"{LPIPS_URL}/vgg.pth",
-         "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")),
-    "alexnet": (
-        ("alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-         "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02"),
-        ("lpips-v0.1-alex.pth", f"{LPIPS_URL}/alex.pth",
-         "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0")),
+    "vgg16": [("https://download.pytorch.org/models/vgg16-397923af.pth",
+               "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0", "vgg16-397923af.pth"),
+              (f"{HEADS_URL}/vgg.pth",
+               "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868", "lpips-v0.1-vgg.pth")],
+    "alexnet": [
+        ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+         "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02", "alexnet-owt-7be5be79.pth"),
+        (f"{HEADS_URL}/alex.pth",
+         "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0", "lpips-v0.1-alex.pth")],
 }
-ADVICE = ("name a file of LPIPS weights with train_vq.py --perceptual-weights, "
-          "or leave LPIPS out with --perceptual none")
+ADVICE = "name a file of LPIPS weights with --perceptual-weights, or leave LPIPS out with --perceptual none"
 
 
 def backbone_layers(backbone: str) -> nn.Sequential:
     """The convolutional layers of an ImageNet classifier: images (B, 3, H, W) → (B, channels, h, w)."""
     if backbone == "vgg16":
         widths = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
-        plan, pool = [(width, 3, 1, 1) for width in widths], 2  # channels, size, stride, padding; 0: pooling
+        plan, pool = [width and (width, 3, 1, 1) for width in widths], nn.MaxPool2d(2)
     else:
-        pooling = (0, 0, 0, 0)
-        plan, pool = [(64, 11, 4, 2), pooling, (192, 5, 1, 2), pooling,
-                      (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)], 3
+        plan = [(64, 11, 4, 2), 0, (192, 5, 1, 2), 0, (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)]
+        pool = nn.MaxPool2d(3, stride=2)
     layers, channels = [], 3
-    for width, size, stride, padding in plan:
-        if width == 0:
-            layers.append(nn.MaxPool2d(pool, stride=2))
+    for convolution in plan:  # (channels, size, stride, padding), or 0 for pooling
+        if convolution:
+            layers += [nn.Conv2d(channels, *convolution), nn.ReLU(inplace=True)]
+            channels = convolution[0]
         else:
-            layers += [nn.Conv2d(channels, width, size, stride, padding), nn.ReLU(inplace=True)]
-            channels = width
+            layers.append(pool)
     return nn.Sequential(*layers)
 
 
@@ -72,7 +70,7 @@ class PerceptualLoss(nn.Module):
         super().__init__()
         if backbone not in TAPS:
             raise ValueError(f"backbone is {backbone!r}; choose one of {', '.join(TAPS)}")
-        self.backbone, self.range_checked = backbone, False
+        self.backbone = backbone
         with torch.device("meta"):  # no random initialization: the weights come from files
             self.features = backbone_layers(backbone)
             self.heads = nn.ParameterList(torch.empty(1, width, 1, 1) for width in TAPS[backbone].values())
@@ -80,56 +78,55 @@ class PerceptualLoss(nn.Module):
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
         files = [Path(weights_path)] if weights_path else [download(*file) for file in DOWNLOADS[backbone]]
-        weights = {name: weight for file in files for name, weight in read_weights(file).items()}
-        self.load_state_dict(match_weights(weights, self.state_dict(), files, backbone), assign=True)
+        weights = {re.sub(r"^lin(\d)\.model\.1\.weight$", r"heads.\1", str(name)): weight.float()
+                   for file in files for name, weight in read_weights(file).items()
+                   if not str(name).startswith("classifier.")}  # the last layers of torchvision's networks
+        try:
+            self.load_state_dict(weights, assign=True)
+        except RuntimeError as error:  # a title, then a line for each kind of problem
+            problem = str(error).split("\n\t")[1].strip()
+            raise ValueError(f"{' and '.join(map(str, files))} cannot be the LPIPS weights of {backbone}: "
+                             f"{problem} To do: {ADVICE}") from None
         self.requires_grad_(False)
         self.eval()
 
     def train(self, mode: bool = True) -> "PerceptualLoss":
         return super().train(False)
 
-    def forward(self, images: Tensor, others: Tensor, unclamped: bool = False) -> Tensor:
-        """Two batches of images (B, 1 or 3, H, W) float32 in [−1, 1] → their distances (B,). Symmetric.
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        """`distance` of images in [−1, 1]. Raises ValueError for sizes, types or values that do not fit."""
+        a, b, smallest = tuple(images.shape), tuple(others.shape), SMALLEST[self.backbone]
+        if a != b or len(a) != 4 or a[1] not in (1, 3) or min(a[2:]) < smallest:
+            raise ValueError(f"images are {a} and {b}; LPIPS with {self.backbone} needs two equal shapes "
+                             f"(B, 1 or 3, H, W) of at least {smallest}×{smallest} pixels")
+        for batch in (images, others):
+            largest = batch.detach().abs().amax().item()
+            if not batch.is_floating_point() or largest > 1.001:  # 0.001 for rounding; NaN passes
+                raise ValueError(f"images are {batch.dtype} up to ±{largest:.4g}; LPIPS needs float32 in "
+                                 "[−1, 1], not [0, 255]")
+        return self.distance(images, others)
 
-        Raises ValueError for other sizes, types or values. On a GPU only the first call looks at values, since
-        that waits for the GPU. `unclamped`: others are a decoder's output, which may overshoot [−1, 1].
+    def distance(self, images: Tensor, others: Tensor) -> Tensor:
+        """Two batches of images (B, 1 or 3, H, W) float32 → (B,). Symmetric.
+
+        Nothing is checked, for training: a check of values waits for the GPU, and a decoder may overshoot.
         """
-        smallest = SMALLEST[self.backbone]
-        if (images.shape != others.shape or images.ndim != 4 or images.shape[1] not in (1, 3)
-                or min(images.shape[2:]) < smallest):
-            raise ValueError(
-                f"images are {tuple(images.shape)} and {tuple(others.shape)}; LPIPS with {self.backbone} "
-                f"needs two equal shapes (B, 1 or 3, H, W) of at least {smallest}×{smallest} pixels")
-        if images.device.type == "cpu" or not self.range_checked:
-            for batch in (images,) if unclamped else (images, others):
-                largest = batch.detach().abs().amax()
-                if not batch.is_floating_point() or largest > 1.001:  # 0.001 for rounding; NaN passes
-                    raise ValueError(f"images are {batch.dtype} up to ±{largest.item():.4g}; LPIPS needs "
-                                     "float32 in [−1, 1], not [0, 255]")
-            self.range_checked = True
-        distance = torch.zeros(len(images), device=images.device)  # (B,)
-        for head, a, b in zip(self.heads, self.taps(images), self.taps(others)):  # (B, channels, h, w) each
-            distance = distance + (head * (a - b).square()).sum(1).mean((1, 2))
-        return distance
+        features = zip(self.heads, self.taps(images), self.taps(others))
+        return sum((head * (a - b).square()).sum(1).mean((1, 2)) for head, a, b in features)
 
-    def taps(self, images: Tensor) -> list[Tensor]:
+    def taps(self, images: Tensor) -> Iterator[Tensor]:
         """The features that are compared, each of unit length along its channels: (B, channels, h, w)."""
         x = (images.expand(-1, 3, -1, -1) - self.shift) / self.scale  # grey: three equal channels
-        taps = []
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in TAPS[self.backbone]:
-                taps.append(x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10))
-        return taps
+                yield x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
 
 
-def download(name: str, url: str, sha256: str) -> Path:
-    """The file `name` in torch.hub's cache, downloaded if it is not there.
-
-    Raises FileNotFoundError if that fails, ValueError if the file has another checksum.
-    """
+def download(url: str, sha256: str, name: str) -> Path:
+    """A file in torch.hub's cache, downloaded if it is not there. Raises FileNotFoundError if that fails."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.is_file():
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         print(f"fetching {url} into {path.parent}", flush=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,10 +134,6 @@ def download(name: str, url: str, sha256: str) -> Path:
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(f"{name} is not in {path.parent} and could not be fetched from {url} "
                                     f"({error}): put it there, {ADVICE}") from None
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != sha256:
-        raise ValueError(f"{path} has the SHA-256 checksum {digest} instead of {sha256}: "
-                         "remove it to fetch it again")
     return path
 
 
@@ -158,25 +151,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def match_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], files: list[Path],
-                  backbone: str) -> dict[str, Tensor]:
-    """The weights under our names, in float32. ValueError: one is missing, misshapen or left over."""
-    names = {re.sub(r"heads\.(\d)", r"lin\1.model.1.weight", ours): ours for ours in expected}
-    problems = [f"there is no {name}" for name in names if name not in weights]
-    for name, weight in weights.items():
-        if name not in names:
-            if not str(name).startswith("classifier."):  # the rest of torchvision's networks
-                problems.append(f"{name} is not expected")
-        elif weight.shape != (shape := expected[names[name]].shape):
-            problems.append(f"{name} is {tuple(weight.shape)} instead of {tuple(shape)}")
-    if problems:
-        raise ValueError(f"{' and '.join(map(str, files))} cannot be the LPIPS weights of {backbone}: "
-                         f"{problems[0]} ({len(problems)} such problems); {ADVICE}")
-    return {ours: weights[name].float() for name, ours in names.items()}
-
-
 class PatchDiscriminator(nn.Module):
-    """A logit for each patch of an image, high for real: pix2pix's, with 3 layers patches of 70×70 pixels."""
+    """pix2pix's: a logit per patch, high for real; 3 layers see patches of 70×70 pixels, and h' = H/8 − 2."""
 
     def __init__(self, image_channels: int = 3, base_channels: int = 64, layers: int = 3):
         super().__init__()
@@ -184,23 +160,17 @@ class PatchDiscriminator(nn.Module):
         width = base_channels
         main = [nn.Conv2d(image_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
         for layer in range(1, layers + 1):
-            wider = base_channels * min(2**layer, 8)
+            channels, width = width, base_channels * min(2**layer, 8)
             stride = 2 if layer < layers else 1
-            main += [nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False),  # the norm has one
-                     nn.BatchNorm2d(wider), nn.LeakyReLU(0.2, inplace=True)]
-            width = wider
+            main += [nn.Conv2d(channels, width, 4, stride, padding=1, bias=False),  # the norm has a bias
+                     nn.BatchNorm2d(width), nn.LeakyReLU(0.2, inplace=True)]
         self.main = nn.Sequential(*main, nn.Conv2d(width, 1, 4, padding=1))
         for module in self.main:  # as in pix2pix
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0.0, 0.02)
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.normal_(module.weight, 1.0, 0.02)
+            if not isinstance(module, nn.LeakyReLU):
+                nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) in [−1, 1] → logits (B, 1, h', w'); h' = H/8 − 2 with 3 layers.
-
-        Raises ValueError for other channels, or images smaller than a patch.
-        """
+        """images (B, C, H, W) in [−1, 1] → logits (B, 1, h', w'). Raises ValueError for other sizes."""
         channels, smallest = self.image_channels, self.smallest
         if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < smallest:
             raise ValueError(f"images are {tuple(images.shape)}; this discriminator needs (B, {channels}, H, "
@@ -208,16 +178,10 @@ class PatchDiscriminator(nn.Module):
         return self.main(images)
 
 
-def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's loss, scalar, of its logits for images and for reconstructions."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-
-
 def adaptive_weight(nll: Tensor, generator_loss: Tensor, last_layer: Tensor, world: int = 1) -> Tensor:
     """λ = ‖∇nll‖ / (‖∇generator_loss‖ + 1e-4) in [0, 1e4], scalar, no gradient: equalizes the two norms.
 
-    ∇ is the gradient at the decoder's last weight, averaged over the `world` processes of a run: all have the
-    λ that one process would have.
+    ∇ is taken at the decoder's last weight and averaged over the `world` processes, so that they agree on λ.
     """
     gradients = torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()
                              for loss in (nll, generator_loss)])  # (2, *last_layer)
@@ -239,17 +203,14 @@ def first_order_surrogate(loss: Tensor, x: Tensor, reconstructions: Tensor) -> T
 
 def image_loss(images: Tensor, reconstructions: Tensor, perceptual: PerceptualLoss | None,
                perceptual_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """nll = L1 + perceptual_weight · LPIPS of images (B, C, H, W), and both parts for the log, all scalar.
-
-    LPIPS is left out if it is None or its weight is 0.
-    """
+    """nll = L1 + perceptual_weight · LPIPS of images (B, C, H, W), and its parts for the log; all scalar."""
     x = reconstructions.detach().requires_grad_()
     nll = F.l1_loss(images, x)
-    parts = {"l1": nll.detach()}
+    parts = {"l1": nll}
     if perceptual and perceptual_weight:
-        distance = perceptual(images, x, unclamped=True).mean()
-        parts["perceptual"] = distance.detach()
-        nll = nll + perceptual_weight * distance
+        parts["perceptual"] = perceptual.distance(images, x).mean()
+        nll = nll + perceptual_weight * parts["perceptual"]
+    parts = {name: part.detach() for name, part in parts.items()}
     return first_order_surrogate(nll, x, reconstructions), parts
 
 
@@ -267,7 +228,6 @@ class Adversary:
         self.optimizer = torch.optim.Adam(discriminator.parameters(), betas=betas)
 
     def trains(self, step: int) -> bool:
-        """Whether D takes part in this step."""
         return step >= self.start
 
     def weight_at(self, step: int) -> float:
@@ -286,14 +246,14 @@ class Adversary:
         return self.weight_at(step) * adaptive * g, adaptive
 
     def train_step(self, images: Tensor, reconstructions: Tensor, lr: float) -> dict[str, Tensor]:
-        """One optimizer step of D on images and reconstructions (B, C, H, W); loss and mean logits, for the log.
+        """One step of D on images and reconstructions (B, C, H, W): its loss and mean logits, for the log.
 
         Two passes, as in VQGAN: neither batch is normalized by the other's statistics. They are why gradients
         are averaged here: DistributedDataParallel overwrites the buffers of the norms in each pass.
         """
         real = self.discriminator(images)  # (B, 1, h', w')
         fake = self.discriminator(reconstructions.detach())
-        loss = hinge_loss(real, fake)
+        loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())  # hinge loss
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.world > 1:
@@ -302,8 +262,8 @@ class Adversary:
                 weight.grad /= self.world
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
-        return {"discriminator": loss.detach(), "logits_real": real.detach().mean(),
-                "logits_fake": fake.detach().mean()}
+        parts = {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        return {name: part.detach() for name, part in parts.items()}
 
     def state_dict(self) -> dict:
         return {"discriminator": self.discriminator.state_dict(), "optimizer": self.optimizer.state_dict(),
@@ -319,18 +279,12 @@ class Adversary:
             self.start = max(self.start, step + 1)
 
 
-def cross_entropy(one_hot: Tensor, logits: Tensor) -> Tensor:
-    """Of masks (B, C, H, W): sum over the labelled pixels, in nats; scalar. Unlabelled ones are all 0."""
-    return -(one_hot * logits.log_softmax(1)).sum()
-
-
 def mask_loss(one_hot: Tensor, logits: Tensor, labelled: Tensor) -> Tensor:
     """Cross-entropy of masks (B, C, H, W) in nats per labelled pixel, scalar; 0 if no pixel has a label.
 
-    `labelled` (): labelled pixels per process, in the mean over all processes: as their gradients are
-    averaged, each label weighs alike.
+    `labelled` (): labelled pixels, in the mean over all processes, so that each label weighs alike.
     """
-    return cross_entropy(one_hot, logits) / labelled.clamp(min=1e-6)
+    return F.cross_entropy(logits, one_hot, reduction="sum") / labelled.clamp(min=1e-6)
 
 
 def score_images(images: Tensor, reconstructions: Tensor, perceptual: PerceptualLoss | None) -> Tensor:
@@ -343,4 +297,4 @@ def score_images(images: Tensor, reconstructions: Tensor, perceptual: Perceptual
 def score_masks(one_hot: Tensor, logits: Tensor) -> Tensor:
     """Sum of nats, number of right labels and number of labelled pixels of masks (B, C, H, W): (3,)."""
     right = (logits.argmax(1) == one_hot.argmax(1)) & one_hot.any(1)  # (B, H, W)
-    return torch.stack([cross_entropy(one_hot, logits), right.sum(), one_hot.sum()])
+    return torch.stack([F.cross_entropy(logits, one_hot, reduction="sum"), right.sum(), one_hot.sum()])
