@@ -55,11 +55,13 @@ def step_of(line: str) -> float:
         return math.inf
 
 
-def save_checkpoint(config: Any, step: int, parts: dict):
-    """Write checkpoint.pt: a dict of plain values and tensors, `parts` and what every run has.
+def save_checkpoint(config: Any, process: Any, step: int, parts: dict):
+    """Write checkpoint.pt, from the first process: `parts` and what every run has, plain values and tensors.
 
     A crash or a full disk leaves the file before it intact. Raises OSError.
     """
+    if process.rank > 0:
+        return
     path = config.folder / "checkpoint.pt"
     part = path.with_suffix(f".{os.getpid()}.part")
     provenance = {"command": " ".join(sys.argv), "torch": str(torch.__version__),

@@ -189,8 +189,8 @@ def main(argv: list[str] | None = None) -> Path:
         if due.log:
             text = f"train {means['train']:.3f} nats/token{status_text(scores, layout)} · lr {lr:.1e}"
             log.line(step, text, means | {"lr": lr} | (scores if due.evaluate else {}))
-        if due.save and rank == 0:
-            save_checkpoint(config, step, prior.state() | {"optimizer": optimizer.state_dict()})
+        if due.save:
+            save_checkpoint(config, process, step, prior.state() | {"optimizer": optimizer.state_dict()})
 
     path = config.folder / "checkpoint.pt"
     if rank == 0:

@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import run
 from checkpoints import describe_data, save_checkpoint, set_random_state
-from data import Preparation
 from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, image_loss, mask_loss, score_images,
                     score_masks)
 from vq import VQ, VQConfig, as_vectors, codebook_use
@@ -116,20 +115,9 @@ class TrainConfig:
         return self.discriminator_weight > 0 and not self.one_hot
 
     @property
-    def discriminator_schedule(self) -> tuple[int, int]:
-        """The first step in which the discriminator trains, and over how many its weight grows."""
-        return tuple(round(value if value >= 1 else value * self.steps) for value in (
-            self.discriminator_start, self.discriminator_ramp))
-
-    @property
     def folder(self) -> Path:
         target = "" if self.target == "image" else f"-{self.target}"
         return Path(self.out or f"runs/vq-{self.preset}-{self.data}{target}")
-
-    @property
-    def preparation(self) -> Preparation:
-        return Preparation(self.image_size, (self.target,), self.flip, self.upscale, self.void_label,
-                                self.segments)
 
     def model(self, channels: int = 3) -> VQConfig:
         return VQConfig(channels, self.base_channels, self.channel_multipliers, self.residual_blocks,
@@ -140,11 +128,10 @@ class TrainConfig:
         return [
             (self.data == "scenes", "data_dir flip upscale", "the scenes are drawn, not read or augmented"),
             (not self.one_hot or self.data == "scenes", "segments void_label", "these are no files of masks"),
-            (not self.perceives, "perceptual_weights perceptual_weight",
-             "there is no perceptual loss; add --perceptual vgg16 (masks have none)"),
+            (self.one_hot, "perceptual discriminator_weight", "masks are trained with cross-entropy alone"),
+            (not self.perceives, "perceptual_weights perceptual_weight", "there is no --perceptual loss"),
             (not self.adversarial, "discriminator_start discriminator_ramp discriminator_layers",
-             "there is no discriminator; add --discriminator-weight 0.1 (masks have none)"),
-            (self.one_hot, "perceptual discriminator_weight", "masks are trained with cross-entropy alone")]
+             "there is no discriminator; add --discriminator-weight 0.1")]
 
 
 PRESETS = {
@@ -170,7 +157,9 @@ def main(argv: list[str] | None = None) -> Path:
     run.check_shared_evenly(config.batch_size, world)
 
     # The pictures, masks, depth maps or poses to be coded.
-    training, validation = (data.open_dataset(config.data, config.data_dir, split, config.preparation)
+    preparation = data.Preparation(config.image_size, (config.target,), config.flip, config.upscale,
+                                   config.void_label, config.segments)
+    training, validation = (data.open_dataset(config.data, config.data_dir, split, preparation)
                             for split in ("train", "val"))
     trained_on = describe_data(config, training, checkpoint)
     perceptual = open_perceptual_loss(config, process)
@@ -197,12 +186,10 @@ def main(argv: list[str] | None = None) -> Path:
         initialize_codebook(vq, training, config, process)
 
     if rank == 0:
-        parameters = sum(weight.numel() for weight in vq.parameters())
-        side = config.image_size // model_config.downsampling
+        S, side = config.image_size, config.image_size // model_config.downsampling
         print(f"first stage: {len(training):,} training and {len(validation):,} validation pictures "
-              f"({config.target}) of {channels}×{config.image_size}×{config.image_size} → {side}×{side} of "
-              f"{config.codebook_size} codes · {parameters:,} parameters · {device} · {config.folder}",
-              flush=True)
+              f"({config.target}) of {channels}×{S}×{S} → {side}×{side} of {config.codebook_size} codes · "
+              f"{sum(x.numel() for x in vq.parameters()):,} parameters · {device} · {config.folder}", flush=True)
     order = data.training_order(len(training), config.batch_size, config.seed, first_step, rank, world)
     batches = load_inputs(training, order, config, channels, device)
     log = run.Log(config, process, first_step, "images", config.batch_size)
@@ -228,7 +215,7 @@ def main(argv: list[str] | None = None) -> Path:
         optimizer.step()
         if adversary and adversary.trains(step):
             parts |= adversary.train_step(images, reconstructions, lr)
-        uses += process.total(count_codes(codes, config.codebook_size))
+        uses.index_add_(0, codes.flatten(), torch.ones(codes.numel(), device=device))  # no `bincount`: it waits
         log.add(parts | {"vq": quantization_loss})
 
         # A diverged run ends at the means, before anything is drawn or saved.
@@ -239,19 +226,18 @@ def main(argv: list[str] | None = None) -> Path:
                 scores, counts = evaluate(vq, perceptual, validation, config, process)
                 picture_path = config.folder / f"step-{step:06d}.png"
                 if rank == 0:
-                    draw_reconstructions(vq, validation, config, device, picture_path)
-                    draw_use(counts, picture_path.with_name(f"{picture_path.stem}-codes.png"))
+                    draw(vq, validation, counts, config, picture_path)
         if due.log:
             log.line(step, f"{status_text(means, scores, config.codebook_size)} · lr {lr:.1e}",
                      means | {"lr": lr} | (scores if due.evaluate else {}))
         # Not after the last step: codes would move after they have been measured.
         if config.restart_every and step % config.restart_every == 0 and step < config.steps:
             restart_dead_codes(vq, optimizer, uses, images, process)
-            uses.zero_()
-        if due.save and rank == 0:
-            save_checkpoint(config, step, {
+        if due.save:
+            process.total(uses)  # all processes go on from the same; it only matters which are 0
+            save_checkpoint(config, process, step, {
                 "model_config": asdict(model_config), "model": vq.state_dict(), "target": config.target,
-                "preparation": asdict(config.preparation), "trained_on": trained_on, "uses": uses,
+                "preparation": asdict(preparation), "trained_on": trained_on, "uses": uses,
                 "optimizer": optimizer.state_dict(), "adversary": adversary and adversary.state_dict()})
 
     path = config.folder / "checkpoint.pt"
@@ -269,13 +255,13 @@ def load_inputs(dataset, order: Iterable, config: TrainConfig, channels: int,
 
 def input_channels(config: TrainConfig, training, validation) -> int:
     """Channels of what is coded; of masks, one for each label."""
-    if config.one_hot:
-        segments = config.segments or max(training.segments(), validation.segments())
-        if segments == 1 and not config.segments:
-            raise ValueError(f"the masks in {config.data_dir} hold no label but 0, and 255, which means that "
-                             "a pixel has none: number the labels 0, 1, 2, …")
-        return segments
-    return 1 if config.target == "depth" else 3
+    if not config.one_hot:
+        return 1 if config.target == "depth" else 3
+    segments = config.segments or max(training.segments(), validation.segments())
+    if segments == 1 and not config.segments:
+        raise ValueError(f"the masks in {config.data_dir} hold no label but 0, and 255, which means that a "
+                         "pixel has none: number the labels 0, 1, 2, …")
+    return segments
 
 
 def open_perceptual_loss(config: TrainConfig, process: run.Process) -> PerceptualLoss | None:
@@ -294,15 +280,10 @@ def open_adversary(config: TrainConfig, channels: int, process: run.Process) -> 
         return None
     with torch.random.fork_rng(devices=[]):  # the autoencoder has the same initial weights as without
         network = PatchDiscriminator(channels, layers=config.discriminator_layers)
-    start, ramp = config.discriminator_schedule
+    start, ramp = (round(value if value >= 1 else value * config.steps)
+                   for value in (config.discriminator_start, config.discriminator_ramp))
     return Adversary(network.to(process.device), config.discriminator_weight, (config.beta1, config.beta2),
                      start, ramp, process.world)
-
-
-def count_codes(codes: Tensor, codebook_size: int) -> Tensor:
-    """How often each code occurs in codes (B, h, w): (K,) float32. `bincount` would wait for the GPU."""
-    ones = torch.ones(codes.numel(), device=codes.device)
-    return torch.zeros(codebook_size, device=codes.device).index_add_(0, codes.flatten(), ones)
 
 
 def status_text(means: dict[str, float], scores: dict[str, float], codebook_size: int) -> str:
@@ -321,8 +302,8 @@ def status_text(means: dict[str, float], scores: dict[str, float], codebook_size
 def initialize_codebook(vq: VQ, training, config: TrainConfig, process: run.Process):
     """K-means initialization from encoder outputs; with a random one most codes stay dead."""
     cells = (config.image_size // vq.config.downsampling) ** 2  # codes per picture
-    enough = 16 * config.codebook_size // cells // config.batch_size + 1
-    order = itertools.islice(data.training_order(len(training), config.batch_size, config.seed), enough)
+    order = itertools.islice(data.training_order(len(training), config.batch_size, config.seed),
+                             16 * config.codebook_size // cells // config.batch_size + 1)
     batches = load_inputs(training, order, config, vq.config.image_channels, process.device)
     with torch.no_grad():
         vq.quantizer.initialize(torch.cat([as_vectors(vq.latents(images)) for images in batches]))  # (N, D)
@@ -334,7 +315,8 @@ def initialize_codebook(vq: VQ, training, config: TrainConfig, process: run.Proc
 def restart_dead_codes(vq: VQ, optimizer: torch.optim.Optimizer, uses: Tensor, images: Tensor,
                        process: run.Process):
     """Reinitialize dead codes, uses (K,) == 0, from the encoder's outputs, and reset Adam's moments."""
-    dead, codebook = uses == 0, vq.quantizer.codebook  # (K,) and (K, D)
+    dead, codebook = process.total(uses) == 0, vq.quantizer.codebook  # (K,) and (K, D)
+    uses.zero_()
     if dead.any():
         vectors = as_vectors(process.gather(vq.latents(images)))  # (N, D) of all processes
         if vectors.isfinite().all():  # else the run has diverged, and its log says so
@@ -359,37 +341,37 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
         reconstructions = reconstructions.float()
         sums += (score_masks(images, reconstructions) if config.one_hot
                  else score_images(images, reconstructions, perceptual))
-        counts += count_codes(codes, config.codebook_size)
+        counts += torch.bincount(codes.flatten(), minlength=config.codebook_size)
     *totals, count = process.total(sums).tolist()
     counts = process.total(counts)
     used, perplexity = codebook_use(counts)
     if process.rank == 0 and used < 0.05 * min(len(counts), int(counts.sum())):
         print(f"warning: {used} of {len(counts)} codes in use; what helps: --restart-every 25 to 100, "
               "a smaller --code-width or --codebook-size, a lower --lr", flush=True)
-    names = ("val_cross_entropy", "val_accuracy") if config.one_hot else ("val_l1", "val_lpips")
-    scores = {name: total / count for name, total in zip(names, totals)
-              if count and (name != "val_lpips" or perceptual)}  # masks may have no label at all
+    names = (("val_cross_entropy", "val_accuracy") if config.one_hot
+             else ("val_l1", "val_lpips") if perceptual else ("val_l1",))
+    scores = {name: total / count for name, total in zip(names, totals) if count}  # masks without any label
     return scores | {"codes_used": used, "perplexity": perplexity}, counts
 
 
 @torch.no_grad()
-def draw_reconstructions(vq: VQ, validation, config: TrainConfig, device: torch.device, path: Path):
-    """Up to 16 validation pictures in rows of 8, each row above its reconstructions."""
+def draw(vq: VQ, validation, counts: Tensor, config: TrainConfig, path: Path):
+    """Up to 16 validation pictures in rows of 8, each row above its reconstructions, and the codebook's use.
+
+    There each code is a square: the larger its count (K,) the brighter, on a log scale; red for 0.
+    """
     order = data.fixed_order(min(16, len(validation)), 16)
-    images = next(load_inputs(validation, order, config, vq.config.image_channels, device))  # (B, C, H, W)
+    images = next(load_inputs(validation, order, config, vq.config.image_channels, counts.device))
     pairs = [data.as_pictures(x, config.target) for x in (images, vq.decode(vq.encode(images)))]
     columns = min(8, len(images))
     rows = [row for pair in zip(*(pictures.split(columns) for pictures in pairs)) for row in pair
             if len(row) == columns]
     data.save_picture(data.picture_grid(torch.cat(rows), columns), path)
-
-
-def draw_use(counts: Tensor, path: Path):
-    """A square for each code: the larger its count (K,) the brighter, on a log scale; red for 0."""
     shades = 2 * counts.log1p() / counts.max().log1p() - 1  # (K,) in [−1, 1]
     unused = torch.tensor([1.0, -1.0, -1.0], device=counts.device)
     colours = torch.where(counts[:, None] > 0, shades[:, None], unused)[:, :, None, None]  # (K, 3, 1, 1)
-    data.save_picture(data.picture_grid(colours, math.ceil(math.sqrt(len(counts))), side=12), path)
+    use = data.picture_grid(colours, math.ceil(math.sqrt(len(counts))), side=12)
+    data.save_picture(use, path.with_name(f"{path.stem}-codes.png"))
 
 
 if __name__ == "__main__":
