@@ -111,10 +111,10 @@ def describe_data(config: Any, dataset, checkpoint: dict | None) -> dict[str, st
     before = checkpoint["trained_on"] if checkpoint else known
     if known["digest"] != before["digest"]:
         if known["data_dir"] != before["data_dir"]:
-            raise ValueError(f"{config.data_dir} holds other pictures than {before['data_dir']}, on which this "
-                             "run was trained; name the folder to which those were moved")
-        print(f"pictures were added to {config.data_dir} or removed: training goes on with those that are there "
-              "now, in an order drawn anew", flush=True)
+            raise ValueError(f"{config.data_dir} holds other pictures than {before['data_dir']}, on which "
+                             "this run was trained; name the folder to which those were moved")
+        print(f"pictures were added to {config.data_dir} or removed: training goes on with those that are "
+              "there now, in an order drawn anew", flush=True)
     return known
 
 

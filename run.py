@@ -238,6 +238,7 @@ def deferred_signals() -> Iterator[list[int]]:
 
     names = ("SIGINT", "SIGTERM", "SIGHUP")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGHUP
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup's
     before = [signal.signal(number, note) for number in numbers]
     try:
         yield received
@@ -322,8 +323,8 @@ class Log:
                 with self.path.open("a") as file:
                     file.write(json.dumps(numbers) + "\n")
             except OSError as error:
-                raise OSError(f"{self.path} could not be written ({error.strerror}): make room and go on from "
-                              "the last checkpoint with --resume") from None
+                raise OSError(f"{self.path} could not be written ({error.strerror}): make room and go on from"
+                              " the last checkpoint with --resume") from None
 
 
 def check_finite(losses: dict[str, float]):

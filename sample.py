@@ -77,8 +77,8 @@ class SampleConfig:
             raise ValueError(f"animate is {self.animate!r}; it must name a .gif file")
         if self.size and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size):
             raise ValueError(f"size is {self.size!r}; it must be like 64x128, height and width in pixels")
-        if self.scales_from and (self.complete or self.size) or self.complete and self.size:
-            raise ValueError("complete, scales_from and size exclude each other; choose one")
+        if sum(map(bool, (self.complete, self.scales_from, self.size))) > 1 or self.size and self.animate:
+            raise ValueError("complete, scales_from and size exclude each other, size and animate too; choose one")
 
     def without_effect(self) -> list[tuple[bool, str, str]]:
         """Flags that do nothing if the first value is true, and why."""
@@ -89,6 +89,11 @@ class SampleConfig:
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p, self.guidance)
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Height and width in pixels; None: as in training."""
+        return tuple(map(int, self.size.split("x"))) if self.size else None
 
     @property
     def one_file(self) -> bool:
@@ -153,6 +158,11 @@ def main(argv: list[str] | None = None):
 def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int]:
     """The rows that the flags ask for, and the number of samples in each. Raises UsageError, ValueError."""
     conditions = list_conditions(prior, config)
+    f, layout = prior.image.vq.config.downsampling, prior.layout
+    if config.size and not all(side % f == 0 and side // f >= trained for side, trained in
+                               zip(config.shape, (layout.height, layout.width))):
+        raise run.UsageError(f"size is {config.size}; both must be multiples of {f}, and at least "
+                             f"{layout.height * f}x{layout.width * f}, as in training")
     if config.scales_from or config.complete:
         named = conditions[0] if config.class_ or config.condition else Row(None, None, None, None)
         if prior.condition and named.condition is None and not prior.layout.null_token:
@@ -180,28 +190,26 @@ def list_conditions(prior: Prior, config: SampleConfig) -> Iterable[Row]:
                 for label in (find_class(name.strip(), prior.classes) for name in config.class_.split(","))]
     if config.condition:
         stage = prior.stages[prior.condition]
-        return [map_row(stage, data.read_field(path, stage.field, stage.preparation))
+        return [map_row(stage, data.read_field(path, stage.field, stage.preparation, config.shape))
                 for path in list_inputs(config.condition, stage.field)]
     return prior.condition and validation_rows(prior, config)
 
 
 def validation_rows(prior: Prior, config: SampleConfig) -> Iterator[Row]:
     if config.size:
-        raise run.UsageError("a larger size needs a --condition of that size, or a --class")
+        raise run.UsageError("a larger size needs a --class, or a --condition of that size")
     stage = prior.stages[prior.condition]
-    preparation = (stage or prior.image).preparation
-    dataset = data.open_dataset(prior.trained_on["data"], prior.trained_on["data_dir"], "val",
-                                replace(preparation, fields=(prior.condition,)))
+    preparation = replace((stage or prior.image).preparation, fields=(prior.condition,))
+    dataset = data.open_dataset(prior.trained_on["data"], prior.trained_on["data_dir"], "val", preparation)
     for index in range(len(dataset)):
         value = torch.as_tensor(dataset[index, None][prior.condition])[None]
         yield map_row(stage, value) if stage else Row(value, None, None, value)
 
 
 def map_row(stage: FirstStage, values: Tensor) -> Row:
-    """A condition map as `data.read_field` gives it, (1, …), as a row."""
-    device = next(stage.vq.parameters()).device
-    inputs = data.as_input(values.to(device), stage.field, stage.vq.config.image_channels)
-    return Row(stage.encode(values.to(device)), None, data.as_pictures(inputs, stage.field), values)
+    """A condition map as `data.read_field` gives it, (1, …), as a row; shown as its codes are decoded."""
+    codes = stage.encode(values)
+    return Row(codes, None, stage.decode(codes), values)
 
 
 def list_inputs(name: str, field: str) -> list[Path]:
@@ -223,24 +231,20 @@ def find_class(name: str, classes: tuple[str, ...]) -> int:
 def list_given(prior: Prior, config: SampleConfig) -> Iterator[Row]:
     """Rows whose first tokens are a picture's own: a share of its codes, or its coarser scales."""
     image, layout = prior.image, prior.layout
-    device = next(image.vq.parameters()).device
     if config.scales_from and not layout.scales:
         raise run.UsageError(f"--scales-from needs a model of several scales, unlike {config.checkpoint}; "
                              "train one with --multiscale")
+    T, kept = sum(layout.lengths), round(config.keep * sum(layout.lengths))
+    counts = [kept] if config.complete else [0, *itertools.accumulate(layout.lengths)]
     for path in list_inputs(config.complete or config.scales_from, "image"):
-        values = data.read_field(path, "image", image.preparation).to(device)  # (1, 3, S, S)
-        shown = data.as_input(values, "image", 3)
-        kept = round(config.keep * sum(layout.lengths))
+        values = data.read_field(path, "image", image.preparation)  # (1, 3, S, S)
         if config.complete and config.hide:
-            rank = layout.grids(torch.arange(sum(layout.lengths), device=device)[None])[-1]  # (1, h, w)
-            known = F.interpolate((rank < kept)[None].float(), size=values.shape[2:], mode="nearest")
-            values = torch.where(known > 0, values, 127)
-            shown = data.as_input(values, "image", 3)
-        grids = image.pyramid(image.encode(values), layout.scales)
-        tokens = layout.image_tokens(grids)  # (1, T)
-        counts = [kept] if config.complete else [0, *itertools.accumulate(layout.lengths)]
-        for given in counts:
-            yield Row(None, tokens[:, :given], shown, None)
+            rank = layout.grids(torch.arange(T)[None])[-1]  # (1, h, w)
+            known = F.interpolate((rank < kept)[None].float(), size=values.shape[2:], mode="nearest") > 0
+            values = values.where(known, 127)
+        tokens = layout.image_tokens(image.pyramid(image.encode(values), layout.scales))  # (1, T)
+        for count in counts:
+            yield Row(None, tokens[:, :count], data.as_input(values, "image", 3), None)
 
 
 def batches(rows: Iterable[Row], columns: int, batch_size: int) -> Iterator[list[Row]]:
@@ -257,8 +261,7 @@ def draw(prior: Prior, batch: list[Row], config: SampleConfig,
     condition = torch.cat([row.condition for row in batch]) if batch[0].condition is not None else None
     given = torch.cat([row.given for row in batch]) if batch[0].given is not None else None
     if config.size:
-        f = prior.image.vq.config.downsampling
-        height, width = (int(side) // f for side in config.size.split("x"))
+        height, width = (side // prior.image.vq.config.downsampling for side in config.shape)
         codes = prior.sample_window(len(batch), height, width, condition, config.sampling, generator)
         return prior.image.decode(codes), None
     tokens = prior.sample(len(batch), condition, given, config.sampling, generator)
@@ -282,10 +285,9 @@ def save_condition(prior: Prior, row: Row, folder: Path, number: int):
 
 def arrange(rows: list[Row], pictures: Tensor, columns: int) -> Image.Image:
     """All samples (N, C, H, W) in one grid: a square, or rows, each behind what it has to show."""
-    if rows[0].beside is None and rows[0].condition is None:
-        return data.picture_grid(pictures, columns=max(1, math.isqrt(len(pictures))))
     if rows[0].beside is None:
-        return data.picture_grid(pictures, columns)
+        square = rows[0].record is None
+        return data.picture_grid(pictures, math.isqrt(len(pictures)) if square else columns)
     beside = torch.cat([row.beside.expand(-1, 3, -1, -1).cpu() for row in rows[::columns]])  # (R, 3, H, W)
     both = torch.cat([beside[:, None], pictures.unflatten(0, (-1, columns))], 1)  # (R, 1 + columns, 3, H, W)
     return data.picture_grid(both.flatten(0, 1), columns + 1)

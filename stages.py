@@ -70,7 +70,8 @@ class FirstStage:
     def was_trained_on(self, name: str, directory: str) -> bool:
         """Whether a data set is the one of the training, in the same folder or moved elsewhere."""
         known = self.trained_on
-        if known["data"] == name and (name == "scenes" or os.path.samefile(known["data_dir"], directory)):
+        if known["data"] == name and (
+                name == "scenes" or Path(known["data_dir"]).resolve() == Path(directory).resolve()):
             return True
         return data.open_dataset(name, directory, "train", self.preparation).digest() == known["digest"]
 
@@ -89,8 +90,8 @@ class FirstStage:
 
     def encode(self, values: Tensor) -> Tensor:
         """The field of a batch as `data.load` gives it, (B, …) → codes (B, h, w) int64."""
-        inputs = data.as_input(values, self.field, self.vq.config.image_channels)  # (B, C, H, W)
-        return self.vq.encode(inputs)
+        values = values.to(self.vq.quantizer.codebook.device)
+        return self.vq.encode(data.as_input(values, self.field, self.vq.config.image_channels))
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes (B, h, w) → pictures to look at (B, 1 or 3, H, W), near [−1, 1]; masks in colours."""
@@ -108,8 +109,8 @@ Stages = dict[str, FirstStage | None]  # by field, "image" first; None for a cla
 class CodeCache:
     """Where the codes of data sets are kept, and how many augmented encodings of each training picture.
 
-    A file's name is the hash of all that its codes depend on: network, pictures, augmentation. So a stale file
-    is never read, and runs of all orders share one.
+    A file's name is the hash of all that its codes depend on: network, pictures, augmentation. So a stale
+    file is never read, and runs of all orders share one.
     """
     directory: Path
     seed: int

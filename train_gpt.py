@@ -112,7 +112,7 @@ class TrainConfig:
     def without_effect(self) -> list[tuple[bool, str, str]]:
         """Flags that do nothing if the first value is true, and why."""
         return [
-            (self.data == "scenes", "data_dir", "the scenes are drawn, not read"),
+            (self.data == "scenes", "data_dir views", "the scenes are drawn, not read or augmented"),
             (self.condition not in MAPS, "condition_vq", "only segmentation, depth and pose have one"),
             (self.condition == "none", "condition_dropout", "there is no condition to drop; add --condition")]
 
@@ -258,10 +258,14 @@ def encode_pictures(config: TrainConfig, stages: Stages, checkpoint: dict | None
     datasets = {split: data.open_dataset(config.data, config.data_dir, split, preparation)
                 for split in ("train", "val")}
     trained_on = describe_data(config, datasets["train"], checkpoint)
+    classes = datasets["train"].classes
+    if checkpoint and checkpoint["classes"] != classes:
+        raise ValueError(f"{config.data_dir} has other classes than this run was trained with; start another "
+                         "with --out")
     workers = data.worker_count(config.workers, config.data)
     training, validation = (cache.codes(split, dataset, stages, process, workers)
                             for split, dataset in datasets.items())
-    return training, validation, datasets["train"].classes, trained_on
+    return training, validation, classes, trained_on
 
 
 def token_layout(config: TrainConfig, stages: Stages, classes: tuple[str, ...]) -> TokenLayout:

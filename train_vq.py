@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import run
 from checkpoints import describe_data, save_checkpoint, set_random_state
-from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, image_loss, mask_loss, score_images,
-                    score_masks)
+from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, image_loss, mask_loss,
+                    score_images, score_masks)
 from vq import VQ, VQConfig, as_vectors, codebook_use
 
 
@@ -189,7 +189,8 @@ def main(argv: list[str] | None = None) -> Path:
         S, side = config.image_size, config.image_size // model_config.downsampling
         print(f"first stage: {len(training):,} training and {len(validation):,} validation pictures "
               f"({config.target}) of {channels}×{S}×{S} → {side}×{side} of {config.codebook_size} codes · "
-              f"{sum(x.numel() for x in vq.parameters()):,} parameters · {device} · {config.folder}", flush=True)
+              f"{sum(x.numel() for x in vq.parameters()):,} parameters · {device} · {config.folder}",
+              flush=True)
     order = data.training_order(len(training), config.batch_size, config.seed, first_step, rank, world)
     batches = load_inputs(training, order, config, channels, device)
     log = run.Log(config, process, first_step, "images", config.batch_size)
@@ -215,7 +216,7 @@ def main(argv: list[str] | None = None) -> Path:
         optimizer.step()
         if adversary and adversary.trains(step):
             parts |= adversary.train_step(images, reconstructions, lr)
-        uses.index_add_(0, codes.flatten(), torch.ones(codes.numel(), device=device))  # no `bincount`: it waits
+        uses.index_add_(0, codes.flatten(), torch.ones(codes.numel(), device=device))  # `bincount` would wait
         log.add(parts | {"vq": quantization_loss})
 
         # A diverged run ends at the means, before anything is drawn or saved.
