@@ -1,13 +1,11 @@
 """What comes in: the data sets, and reproducible batches of them.
 
 `dataset[index, key]` is a dict of the fields that a data set was opened for: image and pose (3, S, S) uint8,
-segmentation (S, S) uint8, 255 where a pixel has no label, depth (S, S) float32 in [−1, 1], class int64. Training
-batch number n is a pure function of the seed and n: a run that was interrupted goes on with the batch it would
-have seen, whatever the number of worker processes.
-
-Besides it has `len()`, `classes` (their names; () unless "class" was asked for), `segments()` (labels of the
-masks), `fingerprint()` (changes with anything that the arrays depend on) and `digest()` (changes with the files'
-names below the folder and their sizes, so that a moved folder is known again).
+segmentation (S, S) uint8, 255 where a pixel has no label, depth (S, S) float32 in [−1, 1], class int64. It
+has `len()`, `classes` (names; () unless "class" was asked for), `segments()` (how many labels the masks have),
+`fingerprint()` (changes with all that the arrays depend on) and `digest()` (with names and sizes of files only:
+a folder may be moved). Training batch number n is a pure function of the seed and n: an interrupted run goes on
+with the batch it would have seen, whatever the number of worker processes.
 
 Symbols: B batch, C channels, H×W pixels, N pictures, S = size.
 """
@@ -33,8 +31,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import scenes
-from files import (ADE20K_SEGMENTS, FIELDS, LAYOUTS, NO_LABEL, READER_VERSION, RESAMPLING, Record, draw_keypoints,
-                   files_digest, open_depth, open_labels, open_pose, open_rgb, show)
+from files import (ADE20K_SEGMENTS, FIELDS, LAYOUTS, NO_LABEL, READER_VERSION, RESAMPLING, VALIDATION_SHARE,
+                   Record, draw_keypoints, files_digest, open_depth, open_labels, open_pose, open_rgb, show)
 
 OFFERED = {"scenes": (*FIELDS, "class"), "cifar10": ("image", "class"), "folder": (*FIELDS, "class"),
            "imagenet": ("image", "depth", "class"), "restricted-imagenet": ("image", "depth", "class"),
@@ -76,8 +74,8 @@ class Scenes:
     def __getitem__(self, item: tuple[int, Key]) -> dict[str, ndarray]:
         index, _ = item
         scene = (draw_once if self.size <= 64 else scenes.draw_scene)(self.split, index, self.size)
-        known = {"image": scene.image.transpose(2, 0, 1), "segmentation": scene.segmentation,  # (3, S, S), (S, S)
-                 "depth": scene.depth, "class": np.int64(scene.label)}
+        known = {"image": scene.image.transpose(2, 0, 1),  # (S, S, 3) → (3, S, S)
+                 "segmentation": scene.segmentation, "depth": scene.depth, "class": np.int64(scene.label)}
         if "pose" in self.fields:  # drawn at four times the size, for smooth edges
             pose = draw_keypoints(4 * scene.keypoints, (4 * self.size, 4 * self.size), scenes.LIMBS).reduce(4)
             known["pose"] = np.array(pose).transpose(2, 0, 1)  # (S, S, 3) → (3, S, S)
@@ -97,7 +95,7 @@ class Scenes:
         return f"scenes {self.split} {len(self)}"
 
 
-# Small scenes are kept: for the next epoch, and for the second stage that encodes what the first was trained on.
+# Small scenes are kept for the next epoch, and for a second stage that encodes what the first was trained on.
 draw_once = functools.cache(scenes.draw_scene)
 
 
@@ -143,8 +141,9 @@ class Files:
 
     def __init__(self, layout: str, split: str, directory: Path, preparation: Preparation):
         if not directory.is_dir():
-            raise FileNotFoundError(f"{show(directory)} is no folder; name your folder of pictures with --data-dir")
-        self.layout, self.directory, self.train, self.preparation = layout, directory, split == "train", preparation
+            raise FileNotFoundError(f"{show(directory)} is no folder; name yours with --data-dir")
+        self.layout, self.directory, self.train = layout, directory, split == "train"
+        self.preparation = preparation
         self.records, classes = LAYOUTS[layout](directory, split, preparation.fields)
         self.classes = classes if "class" in preparation.fields else ()
         if not self.records:
@@ -184,18 +183,19 @@ def open_field(field: str, record: Record, preparation: Preparation) -> Image.Im
     return open_pose(record["pose"], record.get("image"), preparation.size)
 
 
-def prepare(record: Record, preparation: Preparation, random: np.random.Generator | None) -> dict[str, ndarray]:
-    """The fields of a record: the shorter side resized to S, then the same S×S pixels of each: (3, S, S) or (S, S).
+def prepare(record: Record, preparation: Preparation,
+            random: np.random.Generator | None) -> dict[str, ndarray]:
+    """The fields of a record, the same S×S pixels of each after the shorter side is resized to S.
 
-    A random place, and with `flip` mirrored half of the time; without `random` the center. Raises ValueError.
+    At a random place, and with `flip` mirrored half of the time; without `random` in the center. ValueError.
     """
     fields = [field for field in FIELDS if field in preparation.fields] or ["image"]  # the image first
     pictures = {field: open_field(field, record, preparation) for field in fields}
     (width, height), size = pictures[fields[0]].size, preparation.size
     name = show(record.get("image", record[fields[0]]))
     if min(width, height) < size and not preparation.upscale:
-        raise ValueError(f"{name} has {width}×{height} pixels, too few for an image_size of {size}: remove it, or "
-                         "train the first stage with --upscale or a lower --image-size")
+        raise ValueError(f"{name} has {width}×{height} pixels, too few for an image_size of {size}: remove "
+                         "it, or train the first stage with --upscale or a lower --image-size")
     for field, picture in pictures.items():
         pixel = 1 / min(width, height, *picture.size)  # by which small ones are rounded
         if abs(width / height * picture.height / picture.width - 1) > 0.02 + pixel:
@@ -206,7 +206,7 @@ def prepare(record: Record, preparation: Preparation, random: np.random.Generato
     if random:
         left, top = random.integers(width - size + 1), random.integers(height - size + 1)
         mirrored = preparation.flip and random.random() < 0.5
-    known = {"class": np.int64(record.get("class", 0))}
+    known = {"class": np.int64(record["class"])} if "class" in record else {}
     for field, picture in pictures.items():
         pixels = np.asarray(picture.resize((width, height), RESAMPLING[field], reducing_gap=3.0))
         pixels = pixels[top:top + size, left:left + size][:, ::-1 if mirrored else 1]
@@ -224,7 +224,7 @@ def read_field(path: Path, field: str, preparation: Preparation) -> Tensor:
 
 
 def augmentation_rng(key: Key, index: int) -> np.random.Generator:
-    """Random numbers of an augmentation of a picture; the 1 keeps them apart from those that shuffle the epoch."""
+    """Random numbers for a picture's augmentation; the 1 sets them apart from those that shuffle an epoch."""
     return np.random.default_rng((*key, index, 1))
 
 
@@ -260,8 +260,8 @@ def cifar10_folder(directory: Path) -> Path:
             urllib.request.urlretrieve(CIFAR10_URL, part)
         except OSError as error:
             raise FileNotFoundError(
-                f"CIFAR-10 is not in {show(directory)} and could not be fetched ({error}): put {archive.name} from "
-                f"{CIFAR10_URL} there, or name the folder that has it with --data-dir") from None
+                f"CIFAR-10 is not in {show(directory)} and could not be fetched ({error}): put "
+                f"{archive.name} from {CIFAR10_URL} there, or name its folder with --data-dir") from None
         part.replace(archive)
     digest = hashlib.md5(archive.read_bytes()).hexdigest()
     if digest != CIFAR10_MD5:
@@ -298,12 +298,29 @@ def fixed_order(count: int, batch_size: int, key: Key = None, rank: int = 0,
 
 def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device,
          workers: int) -> Iterator[dict[str, Tensor]]:
-    """The fields of each batch of an order on the device, (B, ...) of the types above; see `as_input`."""
+    """The fields of each batch of an order on the device, (B, ...), still of the data set's types."""
     batches = DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=device.type == "cuda",
                          worker_init_fn=ignore_signals,
                          generator=torch.Generator())  # its own: must not advance the run's random state
+    if workers:
+        atexit.unregister(kill_workers)
+        atexit.register(kill_workers)
     for batch in batches:
         yield {field: values.to(device, non_blocking=True) for field, values in batch.items()}
+
+
+def ignore_signals(worker: int):
+    """Signals reach the whole process group: the run decides when to stop, its workers go on until then."""
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def kill_workers():
+    """At exit multiprocessing sends a SIGTERM to workers that are left, and would wait for them forever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports them as crashed
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def as_input(values: Tensor, field: str, channels: int) -> Tensor:
@@ -326,13 +343,6 @@ def as_pictures(inputs: Tensor, field: str) -> Tensor:
                             for i in range(inputs.shape[1])], device=inputs.device)  # (C, 3)
     pictures = 2 * colours[inputs.argmax(1)].permute(0, 3, 1, 2) - 1  # (B, H, W) → (B, 3, H, W)
     return torch.where(inputs.any(1, keepdim=True), pictures, -1.0)
-
-
-def ignore_signals(worker: int):
-    """Signals reach all processes of a group: the run decides when to stop, its workers go on until then."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def worker_count(asked: int, name: str) -> int:

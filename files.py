@@ -1,7 +1,7 @@
 """Which files belong to a data set, and each as an array: pictures, masks, depth maps, poses (§4, §A.2).
 
-A layout lists a folder as records, one a picture: {"image": file, "segmentation": file, …, "class": label}, with
-the fields asked for. What is missing or cannot be told raises FileNotFoundError or ValueError.
+A layout lists a folder as records, one a picture: {"image": file, "segmentation": file, …, "class": label},
+with the fields asked for. What is missing or cannot be told raises FileNotFoundError or ValueError.
 
     folder               any pictures, or images/x.jpg beside segmentation/x.png, depth/x.png and pose/x.png;
                          in train/ and val/, or one name in 20 is kept for validation; class subfolders
@@ -14,7 +14,6 @@ Symbols: H×W pixels, S×S after cropping, J key points.
 """
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from PIL import Image, ImageColor, ImageDraw, ImageOps
 
 Record = dict[str, Path | ndarray | int]
 Listing = tuple[list[Record], tuple[str, ...]]  # the records of a split, and the names of the classes
-
 READER_VERSION = 1  # raise it when anything here changes what a file becomes: cached codes are then made anew
 
 FIELDS = ("image", "segmentation", "depth", "pose")
@@ -34,9 +32,8 @@ SUFFIXES = {"image": PICTURES,
 VALIDATION_SHARE = 20  # one picture in 20 of a folder without a validation split
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 SPLIT_FOLDERS = {"train", "training", *VALIDATION_FOLDERS, "test", "testing"}
-# What lies in folders of these names belongs to pictures, and must never be trained as pictures.
-MASK_FOLDERS = {*FIELDS[1:], "mask", "masks", "label", "labels", "annotation", "annotations", "segmentations",
-                "segmentationclass", "depths", "poses"}
+MASK_FOLDERS = {*FIELDS[1:], "mask", "masks", "label", "labels", "annotation", "annotations",
+                "segmentationclass"}  # must never be trained as pictures
 NO_LABEL = 255  # in a mask: this pixel has none
 # A label is never a mixture of two, and depth stays in [−1, 1], which bicubic would leave.
 RESAMPLING = {"image": Image.Resampling.BICUBIC, "segmentation": Image.Resampling.NEAREST,
@@ -56,13 +53,10 @@ def show(name: Path | str | Exception) -> str:
 
 
 def list_files(folder: Path, field: str) -> list[Path]:
-    """The files of a field anywhere below a folder, sorted. Links are followed, but no folder is listed twice.
-
-    Hidden files are left out: a Mac (._a.jpg) and Jupyter (.ipynb_checkpoints/) leave what is no data.
-    """
+    """The files of a field anywhere below a folder, sorted. Links are followed, no folder is listed twice."""
     files, visited = [], set()
     for place, folders, names in os.walk(folder, onerror=refuse_unreadable, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # hidden: no data
         if os.path.realpath(place) in visited:
             folders.clear()
             continue
@@ -83,9 +77,9 @@ def subfolders(folder: Path) -> dict[str, Path]:
 
 
 def pair_by_stem(folders: dict[str, Path]) -> list[Record]:
-    """A record for each file below the first folder, with the files of the same name in the others.
+    """A record for each file below the first folder, with the files in the others that differ in suffix only.
 
-    Names are compared without their suffix. Raises if a folder is missing or empty, a file alone or doubled.
+    Raises FileNotFoundError or ValueError if a folder is missing or empty, a file alone or doubled.
     """
     files = {field: {} for field in folders}  # field → name below its folder → file
     for field, folder in folders.items():
@@ -118,8 +112,8 @@ def label_classes(records: list[Record], folders: dict[str, Path], classes: tupl
         name = record[field].relative_to(root).parts[0]
         if name not in labels:
             some = ", ".join(map(show, classes[:3])) or "there is none"
-            raise FileNotFoundError(f"{show(record[field])} is in no class folder of training ({some}, …): sort "
-                                    "all pictures into a folder for each class, of the same names in each split")
+            raise FileNotFoundError(f"{show(record[field])} is in no class folder of training ({some}, …): "
+                                    "sort all pictures into a folder for each class, alike in each split")
         record["class"] = labels[name]
 
 
@@ -129,11 +123,9 @@ def any_folder(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
     validation = [there[name] for name in VALIDATION_FOLDERS if name in there]
     if len(validation) > 1 or "train" not in there and SPLIT_FOLDERS & set(there):
         raise unclear(directory)
-    train = there.get("train", directory)
-    validation = validation[0] if validation else there.get("test")
+    train, validation = there.get("train", directory), (validation or [there.get("test")])[0]
     folders = field_folders(validation if split == "val" and validation else train, fields)
-    records, classes = pair_by_stem(folders), ()
-    field, root = next(iter(folders.items()))
+    (field, root), records, classes = next(iter(folders.items())), pair_by_stem(folders), ()
     if "class" in fields:
         places = subfolders(field_folders(train, fields)[field]).values()
         classes = tuple(place.name for place in places if list_files(place, field))
@@ -147,7 +139,7 @@ def any_folder(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
 
 
 def field_folders(root: Path, fields: tuple[str, ...]) -> dict[str, Path]:
-    """Where the files of each field lie. ValueError if masks may be among the pictures, or splits in images/."""
+    """Where the files of each field lie. ValueError if masks may be among the pictures, or splits in it."""
     there, asked = subfolders(root), [field for field in fields if field != "class"] or ["image"]
     beside = set(FIELDS[1:]) & set(there)
     images = there.get("images", root if asked == ["image"] else root / "images")
@@ -155,19 +147,19 @@ def field_folders(root: Path, fields: tuple[str, ...]) -> dict[str, Path]:
     if "image" in asked and mixed:
         raise unclear(root)
     folders = {field: images if field == "image" else there.get(field, root / field) for field in asked}
-    if "pose" in folders and any(path.suffix.lower() == ".npy" for path in list_files(folders["pose"], "pose")):
+    if "pose" in folders and ".npy" in {path.suffix.lower() for path in list_files(folders["pose"], "pose")}:
         folders["image"] = images  # its size is needed to draw the key points
     for folder in folders.values():
-        if SPLIT_FOLDERS & set(subfolders(folder)):
+        if len(SPLIT_FOLDERS & set(subfolders(folder))) > 1:  # one may be a class: a train
             raise unclear(folder)
     return folders
 
 
 def unclear(folder: Path) -> ValueError:
     names = ", ".join(show(path.name) for path in subfolders(folder).values())
-    return ValueError(f"{show(folder)} has the folders {names}: which are pictures, and which for validation, "
-                      "cannot be told; expected are train/ and val/ or neither, and in them either pictures or "
-                      "images/ beside segmentation/, depth/ or pose/ (ADE20K as it is: --data ade20k)")
+    return ValueError(f"{show(folder)} has the folders {names}: which are pictures, and what is validation, "
+                      "cannot be told; expected are train/ and val/ or neither, and in them pictures, or "
+                      "images/ beside segmentation/, depth/ or pose/ (for ADE20K: --data ade20k)")
 
 
 def path_hash(path: Path) -> int:
@@ -178,7 +170,7 @@ def path_hash(path: Path) -> int:
 def imagenet(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
     """A label is the index of its class folder among the sorted ones of train/."""
     asked = [field for field in fields if field != "class"] or ["image"]
-    folders = {field: directory / split if field == "image" else directory / field / split for field in asked}
+    folders = {field: directory / ("" if field == "image" else field) / split for field in asked}
     records = pair_by_stem(folders)
     classes = tuple(path.name for path in subfolders(directory / "train").values())
     label_classes(records, folders, classes)
@@ -191,7 +183,8 @@ def restricted_imagenet(directory: Path, split: str, fields: tuple[str, ...]) ->
     if len(classes) != 1000:
         raise FileNotFoundError(f"{show(directory / 'train')} has {len(classes)} class folders; "
                                 "restricted-imagenet counts through all 1,000, of which some may be empty")
-    group = {label: i for i, (first, last) in enumerate(RESTRICTED.values()) for label in range(first, last + 1)}
+    group = {label: i for i, (first, last) in enumerate(RESTRICTED.values())
+             for label in range(first, last + 1)}
     return [record | {"class": group[record["class"]]} for record in records
             if record["class"] in group], tuple(RESTRICTED)
 
@@ -212,34 +205,28 @@ def deepfashion(directory: Path, split: str, fields: tuple[str, ...]) -> Listing
         name = names[1] if landmarks else names[0]
         raise FileNotFoundError(f"{show(directory)} has no {name}, nor that without {Path(name).parent}/; "
                                 "name the folder of DeepFashion's in-shop benchmark")
-    states = {"train": False, "query": True, "gallery": True}
-    validates = read_list(partition, lambda words: states[words[-1]]) if partition else {}
-    return [{"image": images.parent / name, "pose": points}
-            for name, points in read_list(landmarks, landmark_points).items()
-            if (split == "val") == validates.get(name, path_hash(Path(name)) % VALIDATION_SHARE == 0)], ()
+    validates, records, line = {}, [], [""]
+    try:
+        for line in read_list(partition) if partition else []:
+            validates[line[0]] = {"train": False, "query": True, "gallery": True}[line[-1]]
+        for line in read_list(landmarks):
+            name, clothes, _, *numbers = line
+            state, x, y = np.array(numbers, np.float32).reshape(-1, 3).T  # 0 visible, 1 occluded, 2 cut off
+            points = np.zeros((8, 3), np.float32)  # x, y, and 0 where one is cut off or not on such clothes
+            points[list(LANDMARKS[clothes])] = np.stack([x, y, state < 2], axis=1)
+            if (split == "val") == validates.get(name, path_hash(Path(name)) % VALIDATION_SHARE == 0):
+                records.append({"image": images.parent / name, "pose": points})
+    except (KeyError, ValueError):
+        raise ValueError(f"the lists in {show(directory)} have a line for {show(line[0])} that is not like "
+                         "the official ones: fetch them again") from None
+    return records, ()
 
 
-def read_list(path: Path, parse: Callable[[list[str]], ndarray | bool]) -> dict[str, ndarray | bool]:
-    """What `parse` makes of the words after the name in each line, by name. Raises ValueError if it cannot."""
-    parsed = {}
-    for i, line in enumerate(path.read_bytes().split(b"\n")):
-        name, *words = os.fsdecode(line).split() or [""]
-        heading = i < 2 and Path(name).suffix.lower() not in PICTURES  # the count, and the columns' names
-        try:
-            parsed |= {name: parse(words)} if name and not heading else {}
-        except (IndexError, KeyError, ValueError):
-            raise ValueError(f"{show(path)} has a line {i + 1} for {show(name)} that is not like the official "
-                             "ones: fetch it again") from None
-    return parsed
-
-
-def landmark_points(words: list[str]) -> ndarray:
-    """Landmarks of a line as key points (8, 3): x, y, and 0 where one is cut off or not on such clothes."""
-    clothes, _, *numbers = words
-    state, x, y = np.array(numbers, np.float32).reshape(-1, 3).T  # state: 0 visible, 1 occluded, 2 cut off
-    points = np.zeros((8, 3), np.float32)
-    points[list(LANDMARKS[clothes])] = np.stack([x, y, state < 2], axis=1)
-    return points
+def read_list(path: Path) -> list[list[str]]:
+    """The words of each line of a list file, without the count and the heading, if they are there."""
+    lines = [os.fsdecode(line).split() for line in path.read_bytes().split(b"\n")]
+    return [line for i, line in enumerate(lines)
+            if line and (i > 1 or Path(line[0]).suffix.lower() in PICTURES)]
 
 
 LAYOUTS = {"folder": any_folder, "imagenet": imagenet, "restricted-imagenet": restricted_imagenet,
@@ -247,26 +234,27 @@ LAYOUTS = {"folder": any_folder, "imagenet": imagenet, "restricted-imagenet": re
 
 
 def files_digest(directory: Path, records: list[Record], times: bool) -> str:
-    """SHA-256 of the files' names below a folder and their sizes; `times`: also of when they were modified."""
+    """SHA-256 of the files' names below a folder and their sizes; `times`: and when they were modified."""
     digest = hashlib.sha256()
     for value in (value for record in records for value in record.values()):
         if isinstance(value, Path):
             status = value.stat()
-            name = os.fsencode(value).removeprefix(os.fsencode(directory))
+            name = os.fsencode(value).removeprefix(os.fsencode(directory)).lstrip(b"/")
             value = (name, status.st_size, status.st_mtime_ns if times else 0)
         digest.update(repr(value.tolist() if isinstance(value, ndarray) else value).encode())
     return digest.hexdigest()
 
 
 def open_image(path: Path, size: int = 0) -> Image.Image:
-    """A picture file, upright; ValueError if it is none. For JPEG, `size` skips detail that a resize loses."""
+    """A picture file, upright; ValueError if it is none. `size` skips JPEG detail that a resize loses."""
     try:
         with Image.open(path) as file:
             if size:
                 file.draft("RGB", (2 * size, 2 * size))
             return ImageOps.exif_transpose(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{show(path)} cannot be read as a picture ({show(error)}): remove or replace it") from None
+        raise ValueError(f"{show(path)} cannot be read as a picture ({show(error)}): "
+                         "remove or replace it") from None
 
 
 def open_rgb(path: Path, size: int) -> Image.Image:
@@ -283,33 +271,27 @@ def open_rgb(path: Path, size: int) -> Image.Image:
 
 
 def open_labels(path: Path, void_label: int = NO_LABEL, segments: int = 0) -> Image.Image:
-    """A mask, grey or palette, as mode L: the label of each pixel, below `segments` (0: any), or 255 for none."""
+    """A mask, grey or palette, as mode L: the pixels' labels, below `segments` (0: any), or 255 for none."""
     picture = open_image(path)
     if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
-        raise ValueError(f"{show(path)} is a picture in colours ({picture.mode}); a mask has one channel, with "
-                         "the number of a label in each pixel: save it as 8-bit grey or with a palette")
+        raise ValueError(f"{show(path)} is a picture in colours ({picture.mode}); a mask has one channel, "
+                         "with labels: save it as 8-bit grey or with a palette")
     labels = np.array(picture).astype(np.int64)  # of a palette the index
     labels[labels == void_label] = NO_LABEL
     limit = segments or NO_LABEL
     wrong = labels[(labels != NO_LABEL) & ((labels < 0) | (labels >= limit))]
     if wrong.size:
-        raise ValueError(f"{show(path)} has the label {wrong.flat[0]}, but those of {limit} segments go from 0 to "
-                         f"{limit - 1}: correct the mask, train its first stage with more --segments, or name the "
-                         "label of no class with --void-label")
+        raise ValueError(f"{show(path)} has the label {wrong[0]}, but labels go from 0 to {limit - 1} (255: "
+                         "none): correct it, raise --segments, or name a label of no class by --void-label")
     return Image.fromarray(labels.astype(np.uint8))
 
 
 def open_depth(path: Path) -> Image.Image:
-    """A depth map of one channel, mode F, scaled from its smallest and largest value to [−1, 1]; §4 (ii).
-
-    A picture of 8, 16 or 32 bits, or an array (H, W) in a .npy file. ValueError for anything else.
-    """
-    if path.suffix.lower() == ".npy":
-        depth = open_array(path)
-    else:
-        picture = open_image(path)
-        depth = np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)  # a palette is of colours
-    depth = np.squeeze(depth).astype(np.float64)  # float32 would round large numbers off before the scaling
+    """A depth map, a grey picture or a .npy file with (H, W), scaled from its range to [−1, 1]; §4 (ii)."""
+    picture = open_array(path) if path.suffix.lower() == ".npy" else open_image(path)
+    if isinstance(picture, Image.Image) and picture.mode == "P":  # its numbers are those of colours
+        picture = picture.convert("RGB")
+    depth = np.squeeze(np.asarray(picture)).astype(np.float64)  # float32 would round large numbers
     if depth.ndim != 2 or not depth.size:
         raise ValueError(f"{show(path)} has the shape {depth.shape}; a depth map has one channel, (H, W)")
     if not np.isfinite(depth).all():
@@ -328,7 +310,8 @@ def open_array(path: Path) -> ndarray:
             raise ValueError(f"of {array.dtype}, not of numbers")
         return array
     except Exception as error:  # damaged bytes can raise anything
-        raise ValueError(f"{show(path)} cannot be read as an array ({show(error)}): remove or replace it") from None
+        raise ValueError(f"{show(path)} cannot be read as an array ({show(error)}): "
+                         "remove or replace it") from None
 
 
 def open_pose(pose: Path | ndarray, image: Path | None, size: int) -> Image.Image:
@@ -341,22 +324,20 @@ def open_pose(pose: Path | ndarray, image: Path | None, size: int) -> Image.Imag
         return open_rgb(pose, size)
     points = open_array(pose) if isinstance(pose, Path) else pose
     if points.ndim != 2 or points.shape[1] not in (2, 3):
-        raise ValueError(f"{show(pose)} has the shape {points.shape}; key points are (J, 2), x and y in pixels "
-                         "of the image, or (J, 3) with 0 in the last column where one is unknown")
+        raise ValueError(f"{show(pose)} has the shape {points.shape}; key points are (J, 2), x and y in "
+                         "pixels of the image, or (J, 3) with 0 in the last column where one is unknown")
     if image:
         return draw_keypoints(points, open_image(image).size)
-    if np.nanmax(points[:, :2], initial=0) > size:
-        raise ValueError(f"{show(pose)} has key points up to {np.nanmax(points[:, :2]):.0f}: without an image they "
-                         f"are pixels of a picture of {size}×{size}; scale them to that")
+    largest = np.nanmax(points[:, :2], initial=0)
+    if largest > size:
+        raise ValueError(f"{show(pose)} has key points up to {largest:.0f}; without an image they are pixels "
+                         f"of a picture of {size}×{size}: scale them to that")
     # Drawn at four times the size, so that the resize smooths the edges.
     return draw_keypoints(points * np.array([4, 4, 1])[:points.shape[1]], (4 * size, 4 * size))
 
 
 def draw_keypoints(points: ndarray, size: tuple[int, int], limbs: tuple = ()) -> Image.Image:
-    """Key points (J, 2 or 3) as discs of J hues on black, size (width, height); §4 (iii).
-
-    `limbs` are pairs of points to be joined, in the second one's hue.
-    """
+    """Key points (J, 2 or 3) as discs of J hues on black; `limbs` join two in the second's hue; §4 (iii)."""
     known = np.isfinite(points).all(1) & (points[:, 2:] > 0).all(1)  # (J,)
     hues = [ImageColor.getrgb(f"hsv({360 * j / len(points):.0f},100%,100%)") for j in range(len(points))]
     picture = Image.new("RGB", size)

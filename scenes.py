@@ -27,6 +27,7 @@ GROUNDS = ((90, 160, 70), (215, 185, 125), (235, 240, 245))  # grass, sand, snow
 PAINTS = ((200, 50, 50), (50, 90, 200), (240, 200, 60), (150, 60, 160))  # balls, walls, tents, shirts
 SKIN, TROUSERS, DOOR = (240, 195, 160), (60, 60, 80), (60, 60, 80)
 TRUNK, CROWN, ROOF = (110, 75, 45), (35, 110, 50), (130, 55, 45)
+HORIZON = 0.5
 
 
 class Scene(NamedTuple):
@@ -39,100 +40,122 @@ class Scene(NamedTuple):
 
 
 class Canvas:
-    """Paints shapes back to front on a picture, its segmentation and its depth."""
+    """Paints shapes back to front on a picture, its segmentation and its depth.
 
-    def __init__(self, size: int):
-        centres = (np.arange(size, dtype=np.float32) + 0.5) / size
-        self.x, self.y = centres[None, :], centres[:, None]  # (1, S), (S, 1)
+    A shape is (window, distance): the rows and columns that hold all of it, and the signed distances (rows,
+    columns) there, or (N, rows, columns) for N parts that are painted one after another.
+    """
+
+    def __init__(self, size: int, background: tuple):
         self.size = size
-        self.image = np.zeros((size, size, 3), np.float32)
+        self.centers = (np.arange(size, dtype=np.float32) + 0.5) / size  # (S,) of pixels
+        self.image = np.zeros((3, size, size), np.float32) + np.float32(background)[:, None, None]
         self.segmentation = np.zeros((size, size), np.uint8)
         self.depth = np.full((size, size), -1, np.float32)
 
-    def paint(self, distance: ndarray, colour: tuple, segment: str, depth: ndarray | float):
-        """Cover the inside of a shape, given as signed distance (S, S), with a colour (3,) in [0, 255]."""
-        coverage = np.clip(0.5 - distance * self.size, 0, 1)[..., None]  # (S, S, 1)
-        self.image += coverage * (np.asarray(colour, np.float32) - self.image)
-        inside = np.broadcast_to(distance < 0, self.segmentation.shape)
-        self.segmentation[inside] = SEGMENTS.index(segment)
-        self.depth[inside] = np.broadcast_to(depth, self.depth.shape)[inside]
+    def paint(self, shape: tuple, segment: str, depth: ndarray | float, *colours: tuple):
+        """Cover the inside of a shape, and its edge in part; a colour (3,) in [0, 255] for each part."""
+        (rows, columns), distance = shape
+        image = self.image[:, rows, columns]
+        distance = distance.reshape(len(colours), *distance.shape[-2:])
+        coverages = (0.5 - distance * self.size).clip(0, 1)
+        for coverage, colour in zip(coverages, np.float32(colours)[:, :, None, None]):
+            image += coverage * (colour - image)
+        inside = (distance < 0).any(0)
+        np.copyto(self.segmentation[rows, columns], SEGMENTS.index(segment), where=inside)
+        np.copyto(self.depth[rows, columns], depth, where=inside, casting="same_kind")
 
-    def below(self, y: float) -> ndarray:
-        return np.broadcast_to(y - self.y, self.depth.shape)
+    def window(self, left: float, top: float, right: float, bottom: float) -> tuple:
+        """(rows, columns) of a box and a pixel around it, their x (columns,) and their y (rows, 1)."""
+        columns, rows = (slice(max(0, int(first * self.size) - 1), max(0, int(last * self.size) + 2))
+                         for first, last in ((left, right), (top, bottom)))
+        return (rows, columns), self.centers[columns], self.centers[rows, None]
 
-    def disc(self, x: float, y: float, radius: float) -> ndarray:
-        return np.hypot(self.x - x, self.y - y) - radius
+    def disc(self, x: float, y: float, radius: float) -> tuple:
+        window, xs, ys = self.window(x - radius, y - radius, x + radius, y + radius)
+        return window, np.hypot(xs - x, ys - y) - radius
 
-    def box(self, x: float, y: float, width: float, height: float) -> ndarray:
+    def box(self, x: float, y: float, width: float, height: float) -> tuple:
         """The box that stands with the middle of its lower edge on (x, y)."""
-        return np.maximum(np.abs(self.x - x) - width / 2, np.abs(self.y - (y - height / 2)) - height / 2)
+        window, xs, ys = self.window(x - width / 2, y - height, x + width / 2, y)
+        beside = np.abs(xs - x) - width / 2
+        return window, np.maximum(beside, np.abs(ys - (y - height / 2)) - height / 2)
 
-    def triangle(self, x: float, y: float, width: float, height: float) -> ndarray:
+    def triangle(self, x: float, y: float, width: float, height: float) -> tuple:
         """The upright triangle whose lower edge has its middle on (x, y)."""
         slope = np.hypot(height, width / 2)
-        sides = (np.abs(self.x - x) * height + (self.y - y + height) * -width / 2) / slope
-        return np.maximum(sides, self.y - y)
+        edge = (width + slope) / min(width, height) / self.size  # at sharp corners it reaches farther out
+        window, xs, ys = self.window(x - width / 2 - edge, y - height - edge, x + width / 2 + edge, y)
+        sides = (np.abs(xs - x) * height + (ys - y + height) * -width / 2) / slope
+        return window, np.maximum(sides, ys - y)
 
-    def limb(self, start: ndarray, end: ndarray, thickness: float) -> ndarray:
-        """The line between two points (2,) with round ends."""
-        dx, dy = end - start
-        t = ((self.x - start[0]) * dx + (self.y - start[1]) * dy) / max(dx * dx + dy * dy, 1e-12)
-        t = np.clip(t, 0, 1)
-        return np.hypot(self.x - start[0] - t * dx, self.y - start[1] - t * dy) - thickness / 2
+    def limbs(self, starts: ndarray, ends: ndarray, thickness: ndarray) -> tuple:
+        """The lines between N pairs of points (N, 2) with round ends, thickness (N,)."""
+        radius, points = thickness[:, None, None] / 2, np.stack([starts, ends])  # (N, 1, 1), (2, N, 2)
+        window, xs, ys = self.window(*points.min((0, 1)) - radius.max(), *points.max((0, 1)) + radius.max())
+        (x, y), (dx, dy) = starts.T[:, :, None, None], (ends - starts).T[:, :, None, None]  # (N, 1, 1) each
+        xs, ys = xs - x, ys - y  # (N, 1, columns), (N, rows, 1)
+        t = ((xs * dx + ys * dy) / np.maximum(dx * dx + dy * dy, 1e-12)).clip(0, 1)  # (N, rows, columns)
+        return window, np.hypot(xs - t * dx, ys - t * dy) - radius
 
 
 def draw_scene(split: str, index: int, size: int) -> Scene:
     """Picture number `index` of a split ("train" or "val"), S = size; no picture is in both splits."""
     random = np.random.default_rng((SPLITS[split], index))
-    canvas = Canvas(size)
     sky, ground = random.integers(len(SKIES)), random.integers(len(GROUNDS))
-    horizon = 0.5
-    canvas.image[:] = SKIES[sky]
+    canvas = Canvas(size, SKIES[sky])
     sun = canvas.disc(random.integers(1, 8) / 8, random.integers(1, 3) / 8 + 1 / 32, 0.09)
-    canvas.paint(sun, SUNS[sky], "sun", depth=-1)
-    nearness = (canvas.y - horizon) / (1 - horizon)  # 0 at the horizon, 1 at the lower edge
-    canvas.paint(canvas.below(horizon), GROUNDS[ground], "ground", 2 * nearness - 1)
+    canvas.paint(sun, "sun", -1, SUNS[sky])
+    window, _, ys = canvas.window(0, HORIZON, 1, 1)
+    nearness = (ys - HORIZON) / (1 - HORIZON)  # (rows, 1): 0 at the horizon, 1 at the lower edge
+    canvas.paint((window, HORIZON - ys), "ground", 2 * nearness - 1, GROUNDS[ground])
 
     side = random.integers(2)  # the person stands in one half of the picture, the largest object in the other
-    person = random.choice([0.625, 0.875])  # nearness of the feet, as that of the objects below
-    objects = [0.25, random.choice([0.5, 0.75])][random.integers(2):]
+    person = choose(random, 0.625, 0.875)  # nearness of the feet, as that of the objects below
+    objects = [0.25, choose(random, 0.5, 0.75)][random.integers(2):]
     for near in sorted([person, *objects]):  # far to near
         if near == person:
-            keypoints = paint_person(canvas, random, side, near, horizon)
+            keypoints = paint_person(canvas, random, side, near)
         else:
             largest = near == objects[-1]
             x = (1 - side) * 0.5 + random.integers(1, 4) / 8 if largest else random.integers(1, 8) / 8
             label = int(random.integers(len(CLASSES)))  # that of the last object, the largest, stays
-            paint_object(canvas, random, CLASSES[label], x, near, horizon, largest)
-    image = np.clip(canvas.image.round(), 0, 255).astype(np.uint8)
+            paint_object(canvas, random, CLASSES[label], x, near, largest)
+    image = canvas.image.round().astype(np.uint8).transpose(1, 2, 0)  # (3, S, S) → (S, S, 3)
     return Scene(image, label, canvas.segmentation, canvas.depth, (keypoints * size).astype(np.float32))
 
 
+def choose(random: np.random.Generator, *values: float) -> np.float64:
+    """As random.choice(values), which takes longer than painting a shape."""
+    return np.float64(values[random.integers(len(values))])
+
+
 def paint_object(canvas: Canvas, random: np.random.Generator, kind: str, x: float, near: float,
-                 horizon: float, largest: bool):
+                 largest: bool):
     """A ball, house, tree or tent whose foot is at x and the given nearness; nearer is larger."""
-    y = horizon + near * (1 - horizon)
+    y = HORIZON + near * (1 - HORIZON)
     size = (0.18 + 0.16 * near) * (1.3 if largest else 0.8)
     paint, depth = PAINTS[random.integers(len(PAINTS))], 2 * near - 1
     if kind == "ball":
-        canvas.paint(canvas.disc(x, y - size / 2, size / 2), paint, kind, depth)
-        canvas.paint(canvas.disc(x - size / 7, y - size / 1.5, size / 9), SUNS[2], kind, depth)
+        parts = [(canvas.disc(x, y - size / 2, size / 2), paint),
+                 (canvas.disc(x - size / 7, y - size / 1.5, size / 9), SUNS[2])]
     elif kind == "house":
-        canvas.paint(canvas.box(x, y, size, 0.7 * size), paint, kind, depth)
-        canvas.paint(canvas.triangle(x, y - 0.7 * size, 1.2 * size, 0.5 * size), ROOF, kind, depth)
-        canvas.paint(canvas.box(x, y, 0.25 * size, 0.4 * size), DOOR, kind, depth)
+        parts = [(canvas.box(x, y, size, 0.7 * size), paint),
+                 (canvas.triangle(x, y - 0.7 * size, 1.2 * size, 0.5 * size), ROOF),
+                 (canvas.box(x, y, 0.25 * size, 0.4 * size), DOOR)]
     elif kind == "tree":
-        canvas.paint(canvas.box(x, y, 0.18 * size, 0.7 * size), TRUNK, kind, depth)
-        canvas.paint(canvas.disc(x, y - 0.95 * size, 0.42 * size), CROWN, kind, depth)
+        parts = [(canvas.box(x, y, 0.18 * size, 0.7 * size), TRUNK),
+                 (canvas.disc(x, y - 0.95 * size, 0.42 * size), CROWN)]
     else:
-        canvas.paint(canvas.triangle(x, y, 1.2 * size, 0.85 * size), paint, kind, depth)
-        canvas.paint(canvas.triangle(x, y, 0.35 * size, 0.5 * size), DOOR, kind, depth)
+        parts = [(canvas.triangle(x, y, 1.2 * size, 0.85 * size), paint),
+                 (canvas.triangle(x, y, 0.35 * size, 0.5 * size), DOOR)]
+    for shape, colour in parts:
+        canvas.paint(shape, kind, depth, colour)
 
 
-def paint_person(canvas: Canvas, random: np.random.Generator, side: int, near: float,
-                 horizon: float) -> ndarray:
+def paint_person(canvas: Canvas, random: np.random.Generator, side: int, near: float) -> ndarray:
     """A person with bent limbs in the left (0) or right (1) half; returns key points (J, 2) in heights."""
-    foot = np.array([side * 0.5 + random.integers(1, 4) / 8, horizon + near * (1 - horizon)])
+    foot = np.array([side * 0.5 + random.integers(1, 4) / 8, HORIZON + near * (1 - HORIZON)])
     height = 0.3 + 0.22 * near
 
     def joint(start: ndarray, length: float, angle: float) -> ndarray:
@@ -143,10 +166,10 @@ def paint_person(canvas: Canvas, random: np.random.Generator, side: int, near: f
     neck = joint(hip, 0.34, np.pi)
     points = {"head": joint(neck, 0.12, np.pi), "neck": neck, "hip": hip}
     for name, sign in (("left", -1), ("right", 1)):
-        raised = random.choice([0.3, 0.9, 1.6, 2.3])  # of the upper arm; the lower arm bends on from there
+        raised = choose(random, 0.3, 0.9, 1.6, 2.3)  # of the upper arm; the lower arm bends on from there
         points[f"{name} elbow"] = joint(neck, 0.19, sign * raised)
         points[f"{name} hand"] = joint(points[f"{name} elbow"], 0.18, sign * (raised + 0.4))
-        spread = random.choice([0.15, 0.45])
+        spread = choose(random, 0.15, 0.45)
         points[f"{name} knee"] = joint(hip, 0.24, sign * spread)
         points[f"{name} foot"] = joint(points[f"{name} knee"], 0.24, sign * spread / 2)
     shirt = PAINTS[random.integers(len(PAINTS))]
@@ -155,7 +178,7 @@ def paint_person(canvas: Canvas, random: np.random.Generator, side: int, near: f
     limbs += [(shirt, 0.2, "neck", "hip")]
     limbs += [(c, 0.09, a, b) for s in ("left", "right")
               for c, a, b in ((shirt, "neck", f"{s} elbow"), (SKIN, f"{s} elbow", f"{s} hand"))]
-    for colour, thickness, a, b in limbs:
-        canvas.paint(canvas.limb(points[a], points[b], thickness * height), colour, "person", 2 * near - 1)
-    canvas.paint(canvas.disc(*points["head"], 0.1 * height), SKIN, "person", 2 * near - 1)
-    return np.stack([points[name] for name in KEYPOINTS])
+    colours, thickness, starts, ends = zip(*limbs, (SKIN, 0.2, "head", "head"))
+    starts, ends = (np.array([points[name] for name in names]) for names in (starts, ends))  # (N, 2)
+    canvas.paint(canvas.limbs(starts, ends, np.array(thickness) * height), "person", 2 * near - 1, *colours)
+    return np.array([points[name] for name in KEYPOINTS])
