@@ -1,5 +1,8 @@
-"""Settings and fixtures for all tests. One thread: the tensors are small, and more threads wait for each other on
-a busy machine. Without a GPU the kernels run in Triton's interpreter."""
+"""Settings and fixtures for all tests.
+
+One thread: the tensors are small, and more threads wait for each other on a busy machine. Without a GPU the
+kernels run in Triton's interpreter.
+"""
 import os
 from pathlib import Path
 

@@ -56,7 +56,8 @@ def test_every_file_reads_in_one_sitting():
     for path in CODE:
         lines = path.read_text().splitlines()
         long += [f"{path.name} has {len(lines)} lines"] if len(lines) > 350 else []
-        long += [f"{path.name}:{n} has {len(line)} columns" for n, line in enumerate(lines, 1) if len(line) > 110]
+        long += [f"{path.name}:{number} has {len(line)} columns"
+                 for number, line in enumerate(lines, 1) if len(line) > 110]
     assert not long
 
 
