@@ -17,8 +17,9 @@ import train_vq
 ROOT = Path(__file__).resolve().parent.parent
 CODE = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("kernels/*.py"))
 SCRIPTS = {"train_vq": train_vq, "train_gpt": train_gpt, "sample": sample}
-LEVEL = {"kernels": 0, "taming": 0, "losses": 0, "scenes": 0, "layouts": 0, "pictures": 0, "vq": 1, "gpt": 1,
-         "orderings": 1, "run": 1, "data": 1, "train_vq": 2, "train_gpt": 2, "sample": 2}
+LAYERS = ("kernels taming losses scenes files checkpoints", "vq gpt orderings run data", "stages",
+          "train_vq train_gpt sample")
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules.split()}
 OUTSIDE = {"torch", "numpy", "PIL", "triton"} | set(sys.stdlib_module_names)
 
 
@@ -34,12 +35,11 @@ def imports(path: Path) -> set[str]:
 
 
 def test_imports_only_go_down():
-    allowed_beside = {("train_gpt", "train_vq")}
     for path in CODE:
         module = "kernels" if path.parent.name == "kernels" else path.stem
         for name in imports(path) - OUTSIDE - {module}:
             down = LEVEL[name] < LEVEL[module]
-            assert down or (module, name) in allowed_beside, f"{path.name} imports {name}"
+            assert down or (module, name) == ("train_gpt", "train_vq"), f"{path.name} imports {name}"
         if module == "kernels":
             assert imports(path) <= {"torch", "triton", "math", "functools", "kernels"}, path
 
@@ -52,10 +52,13 @@ def test_nothing_but_the_five_requirements_is_needed():
 
 
 def test_every_file_reads_in_one_sitting():
+    long = []
     for path in CODE:
         lines = path.read_text().splitlines()
-        assert len(lines) <= 370, f"{path.name} has {len(lines)} lines"
-        assert [line for line in lines if len(line) > 110] == [], path.name
+        long += [f"{path.name} has {len(lines)} lines"] if len(lines) > 350 else []
+        long += [f"{path.name}:{number} has {len(line)} columns"
+                 for number, line in enumerate(lines, 1) if len(line) > 110]
+    assert not long
 
 
 def test_nothing_loads_code_or_hides_a_mistake():
@@ -64,7 +67,7 @@ def test_nothing_loads_code_or_hides_a_mistake():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
-                assert keywords.get("strict") != "False", path.name
+                assert keywords.get("strict") != "False" and keywords.get("allow_pickle") != "True", path.name
                 if ast.unparse(node.func) == "torch.load":
                     assert keywords["weights_only"] == "True", path.name
                 assert ast.unparse(node.func) not in ("exec", "eval", "importlib.import_module"), path.name

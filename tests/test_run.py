@@ -1,42 +1,42 @@
-"""What the scripts share. Oracles: values worked out by hand, and slow loops over pixels."""
+"""What the scripts share. Oracles: values worked out by hand, literal schedules, slow loops over pixels."""
 import dataclasses
 import json
 import math
+import os
+import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+import data
 import run
 import train_gpt
 import train_vq
-from train_gpt import weights_hash
+from helpers import ALONE
 
 DEMO = train_gpt.PRESETS["demo"]
-ALONE = run.Process(torch.device("cpu"), 0, 1)
 
 
-def test_the_learning_rate_is_constant_in_the_paper():
+def test_the_learning_rate_is_constant_or_warms_up_and_falls_along_a_cosine_to_a_twentieth():
     config = train_gpt.PRESETS["paper"]
-    assert {run.learning_rate(config, step) for step in (0, 1, 1000, 499_999)} == {12 * 4.5e-6}
-
-
-def test_the_learning_rate_warms_up_linearly_and_falls_along_a_cosine_to_a_twentieth():
-    config = dataclasses.replace(DEMO, lr=2.0, warmup_steps=4, steps=104, decay=True)
-    assert [run.learning_rate(config, step) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
-    assert run.learning_rate(config, 4 + 50) == pytest.approx(2 * 0.525)
-    assert run.learning_rate(config, 4 + 25) == pytest.approx(2 * (0.05 + 0.475 * (1 + math.cos(math.pi / 4))))
-    assert run.learning_rate(config, 104) == pytest.approx(0.1)
+    assert {run.learning_rate(config, step) for step in (1, 1000, 500_000)} == {12 * 4.5e-6}
+    config = dataclasses.replace(DEMO, lr=2.0, warmup_steps=4, steps=105, decay=True)
+    assert [run.learning_rate(config, step) for step in range(1, 6)] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    share = (1 + math.cos(math.pi * 50 / 101)) / 2
+    assert run.learning_rate(config, 5 + 50) == pytest.approx(2 * (0.05 + 0.95 * share))
+    assert 0.1 <= run.learning_rate(config, 105) < 0.101
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.ones(1)]}], lr=9.0)
+    assert run.set_learning_rate(optimizer, config, 2) == 1.0
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0]
 
 
 def test_flags_override_the_preset_and_nothing_else():
     config, checkpoint = run.configure(train_gpt.PRESETS, ["--order", "zcurve", "--lr", "0.5", "--no-decay"])
     assert config == dataclasses.replace(DEMO, order="zcurve", lr=0.5, decay=False) and checkpoint is None
     assert run.configure(train_vq.PRESETS, ["--preset", "paper"])[0] == train_vq.TrainConfig()
-
-
-def test_a_flag_is_not_guessed_from_its_beginning():
-    with pytest.raises(ValueError, match="unrecognized arguments: --ord row"):
+    with pytest.raises(run.UsageError, match="unrecognized arguments: --ord row"):  # no abbreviations
         run.parse_flags(train_gpt.PRESETS, ["--ord", "row"])
 
 
@@ -47,83 +47,178 @@ def test_help_shows_meaning_and_every_presets_value(capsys):
     assert "--codebook-size int K, codes to choose from, §A.1 [demo 256, cifar10 1024, paper 1024]" in text
 
 
+def test_values_that_no_run_can_have_are_refused():
+    for name, value in [("steps", 0), ("batch_size", 0), ("log_every", 0), ("seed", 2**63), ("seed", -1),
+                        ("lr", math.inf), ("lr", math.nan), ("beta1", 1.0), ("beta2", -0.1), ("workers", -2)]:
+        with pytest.raises(ValueError, match=f"^{name} is {value}; it must"):
+            dataclasses.replace(DEMO, **{name: value})
+    run.check_shared_evenly(6, 3)
+    with pytest.raises(run.UsageError, match="6, which cannot be shared evenly by 4"):
+        run.check_shared_evenly(6, 4)
+
+
+def test_a_device_that_cannot_train_is_refused():
+    for device in ("tpu9", "meta"):
+        with pytest.raises(run.UsageError, match=f"device is '{device}'"):
+            run.start(device, 0)
+    assert run.start("cpu", 5) == ALONE
+    drawn = torch.rand(3)
+    run.start("cpu", 5)
+    assert torch.equal(torch.rand(3), drawn)  # seeded
+    with run.autocast(torch.device("cpu")):
+        assert not torch.is_autocast_enabled("cpu")
+
+
 def test_numbers_are_printed_with_units():
     assert [run.si(x) for x in (7.4, 999, 1500, 80_400, 2_340_000)] == ["7", "999", "1.5k", "80.4k", "2.3M"]
     assert [run.duration(x) for x in (0, 59.6, 145)] == ["0m00s", "1m00s", "2m25s"]
     assert [run.duration(x) for x in (3600, 90_061)] == ["1h00m", "25h01m"]
 
 
+# the loop's schedule
+
+
+def test_what_is_due_after_each_step():
+    config = dataclasses.replace(DEMO, steps=13, log_every=3, eval_every=4, checkpoint_every=5)
+    due = dict(run.steps(config, ALONE, 2))
+    assert list(due) == list(range(3, 14))
+    assert [step for step in due if due[step].evaluate] == [4, 8, 12, 13]
+    assert [step for step in due if due[step].save] == [5, 10, 13]
+    assert [step for step in due if due[step].log] == [3, 4, 5, 6, 8, 9, 10, 12, 13]
+    assert list(run.steps(config, ALONE, 13)) == []
+
+
+def test_a_signal_is_noted_and_the_next_step_saves_and_ends_the_run(tmp_path):
+    config = dataclasses.replace(DEMO, steps=9, out=str(tmp_path), log_every=99, checkpoint_every=99)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        before = signal.getsignal(number)
+        for at, saved, sentence in [(3, [4], "stopped after step 4 of 9; .*pt is saved, --resume goes on"),
+                                    (8, [9], "stopped after the last"), (9, [9], "stopped after the last")]:
+            seen = []
+            with pytest.raises(KeyboardInterrupt, match=sentence):
+                for step, due in run.steps(config, ALONE, 0):
+                    seen += [step] if due.save else []
+                    if step == at:
+                        os.kill(os.getpid(), number)
+            assert seen == saved and signal.getsignal(number) == before
+    with pytest.raises(KeyboardInterrupt):  # a second one stops at once
+        for step, _ in run.steps(config, ALONE, 0):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the second signal was noted only")
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_processes_stop_at_the_same_step_and_ask_each_other_only_at_every_tenth():
+    class One(run.Process):  # of two
+        def total(self, values):
+            return values + (step > 12)  # the other one got a signal in step 12
+
+    seen, step = [], 0
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 20 of 30"):
+        for step, due in run.steps(dataclasses.replace(DEMO, steps=30), One(torch.device("cpu"), 0, 2), 0):
+            seen += [step] if due.save else []
+    assert seen == [20]
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """nohup ignores SIGHUP, so that a run outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with run.deferred_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert received == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
+    from_worker = ValueError('Caught ValueError in DataLoader worker 0.\n  File "x"\nValueError: a.png ended')
+    for error, status, sentence in [
+            (None, 0, ""), (run.UsageError("no such flag"), 2, "s.py: no such flag\n"),
+            (ValueError("a bad file"), 1, "s.py: a bad file\n"), (OSError("no room"), 1, "s.py: no room\n"),
+            (from_worker, 1, "s.py: a.png ended\n"), (KeyboardInterrupt("stopped"), 130, "s.py: stopped\n"),
+            (KeyboardInterrupt(), 130, "s.py: interrupted; what was written so far is intact\n"),
+            (torch.OutOfMemoryError("CUDA"), 1, "s.py: there is too little memory"),
+            (RuntimeError("cannot allocate 9 bytes"), 1, "s.py: there is too little memory")]:
+        def main():
+            if error:
+                raise error
+        monkeypatch.setattr(sys, "argv", ["/somewhere/s.py"])
+        with pytest.raises(SystemExit) as ending:
+            run.command_line(main)
+        shown = capsys.readouterr().err
+        assert ending.value.code == status and shown.startswith(sentence) and len(shown.splitlines()) <= 1
+    with pytest.raises(RuntimeError, match="a mistake of ours"):  # needs its traceback
+        error = RuntimeError("a mistake of ours")
+        run.command_line(main)
+
+
+# the log
+
+
+def open_log(folder, first_step: int = 0, units: int = 5) -> run.Log:
+    return run.Log(dataclasses.replace(DEMO, out=str(folder), steps=9), ALONE, first_step, "tokens", units)
+
+
+def read_log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_line_repeats_its_numbers_and_evaluations_do_not_count_as_steps(tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    log = open_log(tmp_path, first_step=1, units=6)
+    for step in (3, 5):
+        clock[0] += 3
+        with log.untimed():
+            clock[0] += 100
+        log.line(step, "loss 2.5", {"loss": 2.5})
+    numbers = {"loss": 2.5, "ms_per_step": 1500.0, "tokens_per_s": 4.0}
+    assert read_log(tmp_path) == [{"step": 3} | numbers, {"step": 5} | numbers]
+    first, second = capsys.readouterr().out.splitlines()
+    assert second.startswith("step 5/9 · loss 2.5 · 1500 ms/step · 4 tokens/s · ") and "GiB" in second
+    assert first.endswith("eta 5m09s") and second.endswith("eta 3m26s")  # which evaluations do lengthen
+    assert log.elapsed() == "3m26s"
+
+
+def test_logged_values_are_means_since_the_last_line_and_a_diverged_one_is_named(tmp_path):
+    log = open_log(tmp_path)
+    for value in (1.0, 2.0, 6.0):
+        log.add({"loss": torch.tensor(value, requires_grad=True)})
+    log.add({"rare": torch.tensor(5.0)})
+    assert log.means() == {"loss": 3.0, "rare": 5.0} and log.means() == {}
+    for value in (math.nan, math.inf):
+        log.add({"vq": torch.tensor(value)})
+        with pytest.raises(ValueError, match=f"^the vq loss became {value}: .*--resume and a lower --lr"):
+            log.means()
+
+
+def test_a_log_that_cannot_be_written_says_so(tmp_path):
+    log = open_log(tmp_path)
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"log.jsonl could not be written \(No space left on device\)"):
+        log.line(1, "", {})
+
+
+# pictures
+
+
 def test_pixels_round_to_the_nearest_level_and_clamp():
     images = torch.tensor([-1.0, 1.0, 0.0, -3.0, 3.0, 100 / 127.5 - 1]).view(6, 1, 1, 1)
-    assert run.to_pixels(images).flatten().tolist() == [0, 255, 128, 0, 255, 100]
+    assert data.to_pixels(images).flatten().tolist() == [0, 255, 128, 0, 255, 100]
     levels = torch.arange(256).view(1, 1, 16, 16)
-    assert torch.equal(torch.from_numpy(run.to_pixels(levels / 127.5 - 1)).flatten(), levels.byte().flatten())
+    assert data.to_pixels(levels / 127.5 - 1).flatten().tolist() == list(range(256))
 
 
 def test_a_picture_grid_puts_each_picture_where_reading_order_does():
     images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    grid = np.asarray(run.picture_grid(images, columns=3, side=16))  # each enlarged twice, 2 pixels between
+    grid = np.asarray(data.picture_grid(images, columns=3, side=16))  # each enlarged twice, 2 pixels between
     assert grid.shape == (16 + 2 + 16, 16 + 2 + 16 + 2 + 16, 3)
-    pixels = run.to_pixels(images)
+    pixels = data.to_pixels(images)
     for i in range(5):
         for y in range(16):
             for x in range(16):
                 assert (grid[i // 3 * 18 + y, i % 3 * 18 + x] == pixels[i, y // 2, x // 2]).all()
     assert (grid[18:, 36:] == 255).all() and (grid[16:18] == 255).all()  # no sixth picture; the gap
-
-
-def test_a_resumed_log_drops_the_lines_after_its_checkpoint_and_a_torn_one(tmp_path):
-    lines = [json.dumps({"step": step, "train": 1.0}) + "\n" for step in (1, 2, 3)]
-    (tmp_path / "log.jsonl").write_text("".join(lines) + '{"step": 2, "tra')
-    log = run.Log(tmp_path, ALONE, first_step=2, steps=9)
-    log.line(3, "again", {"train": 2.0}, "tokens", 5)
-    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["train"]) for line in logged] == [(1, 1.0), (2, 1.0), (3, 2.0)]
-
-
-def test_an_evaluation_is_no_part_of_a_steps_time(tmp_path, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
-    log = run.Log(tmp_path, ALONE, 0, 9)
-    for step in (2, 4):
-        clock[0] += 3
-        with log.aside():
-            clock[0] += 100
-        log.line(step, "", {}, "tokens", 6)
-    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(line["ms_per_step"], line["tokens_per_s"]) for line in logged] == [(1500, 4)] * 2
-
-
-def test_logged_values_are_means_since_the_last_line(tmp_path):
-    log = run.Log(tmp_path, ALONE, 0, 9)
-    for value in (1.0, 2.0, 6.0):
-        log.add(loss=torch.tensor(value))
-    assert log.means() == {"loss": 3.0}
-    log.add(loss=torch.tensor(math.nan))
-    with pytest.raises(ValueError, match="the loss loss became nan"):
-        log.means()
-
-
-def test_the_hash_of_a_network_changes_with_any_weight_name_or_size():
-    weights = {"a": torch.arange(4.0), "b": torch.ones(2)}
-    moved = weights | {"b": torch.tensor([1.0, 1.0001])}
-    renamed = {"a": torch.arange(4.0), "c": torch.ones(2)}
-    hashes = {weights_hash({"K": 1}, each) for each in (weights, moved, renamed)}
-    hashes.add(weights_hash({"K": 2}, weights))
-    assert len(hashes) == 4
-    assert weights_hash({"K": 1}, dict(reversed(weights.items()))) in hashes
-
-
-def test_a_restarted_code_loses_its_momentum_and_no_other_does():
-    vq = train_vq.VQ(train_vq.VQConfig(3, 8, "1,1", 1, codebook_size=6, code_width=4))
-    optimizer = torch.optim.Adam(vq.parameters())
-    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    (vq(images)[2] + vq.quantizer.codebook.square().sum()).backward()
-    optimizer.step()
-    before = vq.quantizer.codebook.detach().clone()
-    uses = torch.tensor([3, 0, 5, 0, 1, 1])
-    train_vq.restart_dead_codes(vq, optimizer, uses, images, ALONE)
-    for moment in ("exp_avg", "exp_avg_sq"):
-        moved = optimizer.state[vq.quantizer.codebook][moment].abs().sum(1) == 0
-        assert moved.tolist() == [False, True, False, True, False, False]
-    assert torch.equal((vq.quantizer.codebook != before).any(1), uses == 0)
