@@ -183,15 +183,16 @@ def open_field(field: str, record: Record, preparation: Preparation) -> Image.Im
     return open_pose(record["pose"], record.get("image"), preparation.size)
 
 
-def prepare(record: Record, preparation: Preparation,
-            random: np.random.Generator | None) -> dict[str, ndarray]:
-    """The fields of a record, the same S×S pixels of each after the shorter side is resized to S.
+def prepare(record: Record, preparation: Preparation, random: np.random.Generator | None,
+            shape: tuple[int, int] | None = None) -> dict[str, ndarray]:
+    """The fields of a record, the same S×S pixels (or those of another shape) of each, resized to cover them.
 
     At a random place, and with `flip` mirrored half of the time; without `random` in the center. ValueError.
     """
     fields = [field for field in FIELDS if field in preparation.fields] or ["image"]  # the image first
     pictures = {field: open_field(field, record, preparation) for field in fields}
     (width, height), size = pictures[fields[0]].size, preparation.size
+    H, W = shape or (size, size)
     name = show(record.get("image", record[fields[0]]))
     if min(width, height) < size and not preparation.upscale:
         raise ValueError(f"{name} has {width}×{height} pixels, too few for an image_size of {size}: remove "
@@ -201,25 +202,28 @@ def prepare(record: Record, preparation: Preparation,
         if abs(width / height * picture.height / picture.width - 1) > 0.02 + pixel:
             raise ValueError(f"{show(record[field])} has {picture.width}×{picture.height} pixels but {name} "
                              f"{width}×{height}: both must show the same, upright, at any resolution")
-    width, height = (max(size, round(side * size / min(width, height))) for side in (width, height))
-    left, top, mirrored = (width - size) // 2, (height - size) // 2, False
+    scale = max(W / width, H / height)
+    width, height = max(W, round(width * scale)), max(H, round(height * scale))
+    left, top, mirrored = (width - W) // 2, (height - H) // 2, False
     if random:
-        left, top = random.integers(width - size + 1), random.integers(height - size + 1)
+        left, top = random.integers(width - W + 1), random.integers(height - H + 1)
         mirrored = preparation.flip and random.random() < 0.5
     known = {"class": np.int64(record["class"])} if "class" in record else {}
     for field, picture in pictures.items():
         pixels = np.asarray(picture.resize((width, height), RESAMPLING[field], reducing_gap=3.0))
-        pixels = pixels[top:top + size, left:left + size][:, ::-1 if mirrored else 1]
+        pixels = pixels[top:top + H, left:left + W][:, ::-1 if mirrored else 1]
         known[field] = np.array(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels, order="C")
     return {field: known[field] for field in preparation.fields}
 
 
-def read_field(path: Path, field: str, preparation: Preparation) -> Tensor:
+def read_field(path: Path, field: str, preparation: Preparation,
+               shape: tuple[int, int] | None = None) -> Tensor:
     """A user's file as validation would see it, (1, ...) as in a batch; ValueError for what is no such file.
 
-    Key points (.npy) are pixels of the S×S picture here, for there is no image that they could be of.
+    Of another `shape` than S×S if that is given. Key points (.npy) are pixels of the S×S picture here, for
+    there is no image that they could be of.
     """
-    values = prepare({field: path}, replace(preparation, fields=(field,)), None)[field]
+    values = prepare({field: path}, replace(preparation, fields=(field,)), None, shape)[field]
     return torch.from_numpy(values)[None]
 
 

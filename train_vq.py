@@ -352,6 +352,7 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
     names = (("val_cross_entropy", "val_accuracy") if config.one_hot
              else ("val_l1", "val_lpips") if perceptual else ("val_l1",))
     scores = {name: total / count for name, total in zip(names, totals) if count}  # masks without any label
+    run.check_finite(scores)
     return scores | {"codes_used": used, "perplexity": perplexity}, counts
 
 
