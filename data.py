@@ -13,7 +13,6 @@ import atexit
 import colorsys
 import functools
 import hashlib
-import math
 import multiprocessing
 import os
 import signal
@@ -352,35 +351,3 @@ def as_pictures(inputs: Tensor, field: str) -> Tensor:
 def worker_count(asked: int, name: str) -> int:
     """Processes that prepare pictures. −1 asked: none for data in memory or drawn, else one per core, ≤ 8."""
     return min(8, os.cpu_count() or 1) if asked < 0 and name in LAYOUTS else max(asked, 0)
-
-
-def to_pixels(images: Tensor) -> np.ndarray:
-    """images (..., C, H, W) in [−1, 1], clamped → (..., H, W, C) uint8."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
-
-
-def picture_grid(images: Tensor, columns: int, side: int = 96) -> Image.Image:
-    """images (N, C, H, W) in [−1, 1], row by row, small ones enlarged by a whole number to about `side` pixels."""
-    pixels = to_pixels(images)  # (N, H, W, C)
-    pixels = pixels.repeat(3, axis=3) if pixels.shape[3] == 1 else pixels
-    times = max(1, round(side / pixels.shape[1]))
-    pixels = pixels.repeat(times, axis=1).repeat(times, axis=2)
-    count, height, width, _ = pixels.shape
-    gap = 2
-    rows = math.ceil(count / columns)
-    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
-    for i, picture in enumerate(pixels):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        grid[top:top + height, left:left + width] = picture
-    return Image.fromarray(grid)
-
-
-def save_picture(picture: Image.Image, path: Path, **options):
-    """Write a picture through a temporary file, so that none is ever seen half written. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        picture.save(part, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"), **options)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

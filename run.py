@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoints import claim, load_checkpoint
+from outputs import claim, load_checkpoint
 
 
 class UsageError(ValueError):

@@ -34,6 +34,7 @@ import run
 from files import list_files
 from gpt import GPT, GPTConfig
 from orderings import TokenLayout
+from outputs import picture_grid, save_picture, to_pixels
 from stages import FirstStage, Prior, Sampling
 from vq import VQ, VQConfig
 
@@ -78,7 +79,7 @@ class SampleConfig:
         if self.size and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size):
             raise ValueError(f"size is {self.size!r}; it must be like 64x128, height and width in pixels")
         if sum(map(bool, (self.complete, self.scales_from, self.size))) > 1 or self.size and self.animate:
-            raise ValueError("complete, scales_from and size exclude each other, size and animate too; choose one")
+            raise ValueError("complete, scales_from and size exclude each other, and so do size and animate")
 
     def without_effect(self) -> list[tuple[bool, str, str]]:
         """Flags that do nothing if the first value is true, and why."""
@@ -137,20 +138,20 @@ def main(argv: list[str] | None = None):
             pictures.append(images.cpu())
             shown += batch
         else:
-            for i, (row, pixels) in enumerate(zip(batch, data.to_pixels(images)), done):
-                data.save_picture(Image.fromarray(pixels.squeeze()), out / f"{i:06d}.png")
+            for i, (row, pixels) in enumerate(zip(batch, to_pixels(images)), done):
+                save_picture(Image.fromarray(pixels.squeeze()), out / f"{i:06d}.png")
                 save_condition(prior, row, out, i)
         done += len(batch)
         seconds = time.perf_counter() - began
         if seconds > 5:
             print(f"{done} samples · {done / seconds:.1f} samples/s", flush=True)
     if config.one_file:
-        data.save_picture(arrange(shown, torch.cat(pictures), columns), out)
+        save_picture(arrange(shown, torch.cat(pictures), columns), out)
     print(f"{done} samples in {out}")
     if config.animate:
         frames = fill_animation(prior, first[:16])
         duration = [3000 // len(frames)] * (len(frames) - 1) + [1500]  # ms: three seconds, then a pause
-        data.save_picture(frames[0], Path(config.animate), save_all=True, append_images=frames[1:], loop=0,
+        save_picture(frames[0], Path(config.animate), save_all=True, append_images=frames[1:], loop=0,
                          duration=duration)
         print(f"the same being filled code by code in {config.animate}")
 
@@ -280,17 +281,17 @@ def save_condition(prior: Prior, row: Row, folder: Path, number: int):
     if prior.condition == "depth":
         value = np.round((value + 1) * 32767.5).astype(np.uint16)
     picture = Image.fromarray(value.transpose(1, 2, 0) if value.ndim == 3 else value)
-    data.save_picture(picture, folder / f"{number:06d}-condition.png")
+    save_picture(picture, folder / f"{number:06d}-condition.png")
 
 
 def arrange(rows: list[Row], pictures: Tensor, columns: int) -> Image.Image:
     """All samples (N, C, H, W) in one grid: a square, or rows, each behind what it has to show."""
     if rows[0].beside is None:
         square = rows[0].record is None
-        return data.picture_grid(pictures, math.isqrt(len(pictures)) if square else columns)
+        return picture_grid(pictures, math.isqrt(len(pictures)) if square else columns)
     beside = torch.cat([row.beside.expand(-1, 3, -1, -1).cpu() for row in rows[::columns]])  # (R, 3, H, W)
     both = torch.cat([beside[:, None], pictures.unflatten(0, (-1, columns))], 1)  # (R, 1 + columns, 3, H, W)
-    return data.picture_grid(both.flatten(0, 1), columns + 1)
+    return picture_grid(both.flatten(0, 1), columns + 1)
 
 
 def fill_animation(prior: Prior, tokens: Tensor) -> list[Image.Image]:
@@ -304,9 +305,9 @@ def fill_animation(prior: Prior, tokens: Tensor) -> list[Image.Image]:
         picture = F.interpolate(picture, size=size, mode="nearest")
         rank = F.interpolate(rank[None].float(), size=size, mode="nearest")  # (1, 1, H, W)
         for n in range(int(rank.min()), int(rank.max()) + 1, stride):
-            frames.append(data.picture_grid(torch.where(rank < n, picture, below), columns=4, side=64))
+            frames.append(picture_grid(torch.where(rank < n, picture, below), columns=4, side=64))
         below = picture
-    frames.append(data.picture_grid(below, columns=4, side=64))
+    frames.append(picture_grid(below, columns=4, side=64))
     both = Image.fromarray(np.concatenate([np.asarray(frames[0]), np.asarray(frames[-1])]))
     palette = both.quantize(256)  # one for all frames: a palette for each would flicker
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import data
 import run
 import taming
-from checkpoints import load_checkpoint
+from outputs import load_checkpoint
 from gpt import GPT, GPTConfig, check_sampling
 from orderings import ORDERINGS, TokenLayout
 from vq import VQ, VQConfig

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import run
 import train_vq
-from checkpoints import describe_data, save_checkpoint, set_random_state
+from outputs import describe_data, picture_grid, save_checkpoint, save_picture, set_random_state
 from gpt import GPT, GPTConfig
 from orderings import ORDERINGS, TokenLayout
 from stages import CodeCache, FirstStage, Prior, Sampling, Stages
@@ -349,7 +349,7 @@ def draw_samples(prior: Prior, validation: dict[str, np.ndarray], config: TrainC
         condition = torch.from_numpy(validation[prior.condition][:8].astype(np.int64))
         pictures = prior.rows(condition, 4, config.sampling, generator)
         columns = len(pictures) // len(condition)
-    data.save_picture(data.picture_grid(pictures, columns), path)
+    save_picture(picture_grid(pictures, columns), path)
 
 
 def draw_loss_map(cells: list[list[list[float]]], path: Path):
@@ -357,7 +357,7 @@ def draw_loss_map(cells: list[list[list[float]]], path: Path):
     grids = [torch.tensor(grid)[None, None] for grid in cells]  # (1, 1, h, w) each
     most = max(grid.max() for grid in grids)
     panels = [F.interpolate(grid / most * 2 - 1, size=grids[-1].shape[2:], mode="nearest") for grid in grids]
-    data.save_picture(data.picture_grid(torch.cat(panels), len(panels), side=256), path)
+    save_picture(picture_grid(torch.cat(panels), len(panels), side=256), path)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import run
-from checkpoints import describe_data, save_checkpoint, set_random_state
+from outputs import describe_data, picture_grid, save_checkpoint, save_picture, set_random_state
 from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, image_loss, mask_loss,
                     score_images, score_masks)
 from vq import VQ, VQConfig, as_vectors, codebook_use
@@ -368,12 +368,12 @@ def draw(vq: VQ, validation, counts: Tensor, config: TrainConfig, path: Path):
     columns = min(8, len(images))
     rows = [row for pair in zip(*(pictures.split(columns) for pictures in pairs)) for row in pair
             if len(row) == columns]
-    data.save_picture(data.picture_grid(torch.cat(rows), columns), path)
+    save_picture(picture_grid(torch.cat(rows), columns), path)
     shades = 2 * counts.log1p() / counts.max().log1p() - 1  # (K,) in [−1, 1]
     unused = torch.tensor([1.0, -1.0, -1.0], device=counts.device)
     colours = torch.where(counts[:, None] > 0, shades[:, None], unused)[:, :, None, None]  # (K, 3, 1, 1)
-    use = data.picture_grid(colours, math.ceil(math.sqrt(len(counts))), side=12)
-    data.save_picture(use, path.with_name(f"{path.stem}-codes.png"))
+    use = picture_grid(colours, math.ceil(math.sqrt(len(counts))), side=12)
+    save_picture(use, path.with_name(f"{path.stem}-codes.png"))
 
 
 if __name__ == "__main__":

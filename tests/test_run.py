@@ -15,6 +15,7 @@ import run
 import train_gpt
 import train_vq
 from helpers import ALONE
+from outputs import picture_grid, to_pixels
 
 DEMO = train_gpt.PRESETS["demo"]
 
@@ -207,16 +208,16 @@ def test_a_log_that_cannot_be_written_says_so(tmp_path):
 
 def test_pixels_round_to_the_nearest_level_and_clamp():
     images = torch.tensor([-1.0, 1.0, 0.0, -3.0, 3.0, 100 / 127.5 - 1]).view(6, 1, 1, 1)
-    assert data.to_pixels(images).flatten().tolist() == [0, 255, 128, 0, 255, 100]
+    assert to_pixels(images).flatten().tolist() == [0, 255, 128, 0, 255, 100]
     levels = torch.arange(256).view(1, 1, 16, 16)
-    assert data.to_pixels(levels / 127.5 - 1).flatten().tolist() == list(range(256))
+    assert to_pixels(levels / 127.5 - 1).flatten().tolist() == list(range(256))
 
 
 def test_a_picture_grid_puts_each_picture_where_reading_order_does():
     images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    grid = np.asarray(data.picture_grid(images, columns=3, side=16))  # each enlarged twice, 2 pixels between
+    grid = np.asarray(picture_grid(images, columns=3, side=16))  # each enlarged twice, 2 pixels between
     assert grid.shape == (16 + 2 + 16, 16 + 2 + 16 + 2 + 16, 3)
-    pixels = data.to_pixels(images)
+    pixels = to_pixels(images)
     for i in range(5):
         for y in range(16):
             for x in range(16):

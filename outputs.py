@@ -1,7 +1,7 @@
-"""A run's folder: held by one run at a time; checkpoints written whole or not at all, and read without trust.
+"""What a run leaves in its folder: checkpoint, log and pictures, each written whole or not at all.
 
 A checkpoint is a dict of plain values and tensors. Besides what the script puts there it has "kind" (vq or
-gpt), the config, the step, the random states and where it comes from.
+gpt), the config, the step, the random states and where it comes from. Nothing in one is run when it is read.
 """
 import dataclasses
 import json
@@ -14,7 +14,9 @@ import zipfile
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 try:
@@ -127,3 +129,35 @@ def set_random_state(state: dict[str, Tensor]):
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """images (..., C, H, W) in [−1, 1], clamped → (..., H, W, C) uint8."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
+
+
+def picture_grid(images: Tensor, columns: int, side: int = 96) -> Image.Image:
+    """images (N, C, H, W) in [−1, 1], row by row; small ones enlarged to about `side` pixels, to be seen."""
+    pixels = to_pixels(images)  # (N, H, W, C)
+    pixels = pixels.repeat(3, axis=3) if pixels.shape[3] == 1 else pixels
+    times = max(1, round(side / pixels.shape[1]))
+    pixels = pixels.repeat(times, axis=1).repeat(times, axis=2)
+    count, height, width, _ = pixels.shape
+    gap = 2
+    rows = math.ceil(count / columns)
+    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, picture in enumerate(pixels):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        grid[top:top + height, left:left + width] = picture
+    return Image.fromarray(grid)
+
+
+def save_picture(picture: Image.Image, path: Path, **options):
+    """Write a picture through a temporary file, so that none is ever seen half written. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        picture.save(part, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"), **options)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A run's folder and its checkpoints. Oracles: the file before a failure, bit for bit; literal sentences."""
+"""A run's folder and its outputs. Oracles: the file before a failure, bit for bit; literal sentences."""
 import dataclasses
 import json
 import multiprocessing
@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import train_gpt
-from checkpoints import claim, describe_data, load_checkpoint, save_checkpoint, set_random_state
+from outputs import claim, describe_data, load_checkpoint, save_checkpoint, set_random_state
 
 DEMO = train_gpt.PRESETS["demo"]
 
 
 def save(folder: Path, step: int, **parts) -> Path:
-    save_checkpoint(dataclasses.replace(DEMO, out=str(folder)), step, parts)
+    save_checkpoint(dataclasses.replace(DEMO, out=str(folder)), ALONE, step, parts)
     return folder / "checkpoint.pt"
 
 
