@@ -2,10 +2,10 @@
 
 `dataset[index, key]` is a dict of the fields that a data set was opened for: image and pose (3, S, S) uint8,
 segmentation (S, S) uint8, 255 where a pixel has no label, depth (S, S) float32 in [−1, 1], class int64. It
-has `len()`, `classes` (names; () unless "class" was asked for), `segments()` (how many labels the masks have),
-`fingerprint()` (changes with all that the arrays depend on) and `digest()` (with names and sizes of files only:
-a folder may be moved). Training batch number n is a pure function of the seed and n: an interrupted run goes on
-with the batch it would have seen, whatever the number of worker processes.
+has `len()`, `classes` (names; () unless "class" was asked for), `segments()` (labels that the masks have),
+`fingerprint()` (changes with all that the arrays depend on) and `digest()` (with names and sizes of files
+only, for a folder may be moved). Training batch number n is a pure function of the seed and n: an interrupted
+run goes on with the batch it would have seen, whatever the number of worker processes.
 
 Symbols: B batch, C channels, H×W pixels, N pictures, S = size.
 """

@@ -1,11 +1,12 @@
 """Small picture files for the tests."""
+import os
 from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
 from PIL import Image
 
-from data import Files, open_dataset
+from data import Files, Preparation, open_dataset
 
 ORANGE = (240, 130, 20)
 
@@ -17,41 +18,28 @@ def save(path: Path, colour=ORANGE, size: tuple[int, int] = (40, 40), mode: str 
     return path
 
 
-def noise(path: Path, size: tuple[int, int] = (40, 40), seed: int = 0) -> Path:
-    """A picture that looks different wherever it is cut."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+def write(path: Path, pixels: ndarray) -> Path:
+    """An array as a picture, or as it is in a .npy file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    if path.suffix.lower() == ".npy":
+        with path.open("wb") as file:
+            np.save(file, pixels)
+    else:
+        Image.fromarray(pixels).save(path)
     return path
 
 
-def many_pictures(folder: Path, count: int = 100) -> list[Path]:
-    return [save(folder / f"{i % 3}" / f"{i}.png", (i, 0, 0), (4, 4)) for i in range(count)]
+def noise(path: Path, size: tuple[int, int] = (40, 40), seed: int = 0) -> Path:
+    """A picture that looks different wherever it is cut."""
+    return write(path, np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
 
 
-def pictures(folder: Path, split: str = "val", size: int = 32, flip: bool = False,
-             upscale: bool = False) -> Files:
-    return open_dataset("folder", str(folder), split, size, flip, upscale)
+def opened(folder: Path, *fields: str, split: str = "val", size: int = 32, name: str = "folder",
+           flip: bool = False, upscale: bool = False, void_label: int = 255) -> Files:
+    preparation = Preparation(size, fields or ("image",), flip, upscale, void_label)
+    return open_dataset(name, str(folder), split, preparation)
 
 
-def splits(folder: Path):
-    """Make train/ and val/, so that each picture put there is used."""
-    save(folder / "train" / "plain.png")
-    (folder / "val").mkdir()
-
-
-def only_picture(folder: Path) -> ndarray:
-    """The picture of val/ as the data set gives it, (3, 32, 32)."""
-    dataset = pictures(folder)
-    assert len(dataset) == 1
-    image = dataset[0, None]["image"]
-    assert image.shape == (3, 32, 32) and image.dtype == np.uint8
-    return image
-
-
-def assert_colour(image: ndarray, colour: tuple, tolerance: int = 0):
-    assert np.abs(image.astype(int) - np.array(colour)[:, None, None]).max() <= tolerance
-
-
-def files(dataset: Files, field: str = "image") -> list[Path]:
-    return [record[field] for record in dataset.records]
+def names(dataset: Files, field: str = "image") -> list[str]:
+    """Where the files of a data set lie below its folder."""
+    return [os.path.relpath(record[field], dataset.directory) for record in dataset.records]
