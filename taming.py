@@ -1,9 +1,9 @@
-"""Files of the authors' later release, taming-transformers: read without trust, and what is where in them.
+"""Checkpoints of the authors' later release, taming-transformers: read safely, converted to our names.
 
 Such a file is torch.save of a PyTorch Lightning dict: the weights in "state_dict", and beside them the
-optimizer's state and objects of the trainer, for whose sake plain `weights_only=True` refuses the file. Here
-an empty stand-in takes the place of every such object: nothing in the file is run, and neither Lightning nor
-omegaconf is needed. The file is mapped, not read, so that the optimizer's state never enters memory.
+optimizer's state and objects of the trainer, because of which plain `weights_only=True` refuses it. Here an
+empty placeholder replaces every such object: no code in the file is run, and Lightning and omegaconf are not
+needed. The file is memory-mapped, so that the optimizer's state is never read.
 
 A Net2NetTransformer's file has the GPT under `transformer.` and the VQ model under `first_stage_model.`; a
 VQModel's has the latter alone, with no prefix. *Ours* are the names in vq.py and gpt.py, *theirs* the file's.
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 GROUPS = ("transformer.", "first_stage_model.", "cond_stage_model.", "permuter.")  # of a Net2NetTransformer
-NOT_WEIGHTS = {  # what each group holds beside the network: the losses', a palette, the causal mask
+IGNORED = {  # in each group beside the network: the losses, colors of segmentation maps; causal masks
     "first_stage_model.": r"loss\..+|colorize",
     "transformer.": r"blocks\.\d+\.attn\.mask",
 }
-# Heads cannot be read off the shapes. They are 64 wide in most released files, but not in FFHQ's and
+# The shapes do not tell the number of heads. Heads are 64 wide in most released files, but not in FFHQ's,
 # CelebA-HQ's and those of the two scene models: (n_layer, n_embd) → n_head.
 RELEASED_HEADS = {(24, 1664): 16, (36, 1536): 16, (40, 1408): 16}
 LEVELS, BLOCKS, LAYERS = r"encoder\.down\.(\d+)\.", r"encoder\.down\.0\.block\.(\d+)\.", r"blocks\.(\d+)\."
@@ -31,15 +31,15 @@ VQ_PARTS = {"layers.0": "norm1", "layers.2": "conv1", "layers.3": "norm2", "laye
             "shortcut": "nin_shortcut", "out": "proj_out"}  # inside a block: ours → theirs
 GPT_NAMES = {"token_embedding.weight": "tok_emb.weight", "position_embedding.weight": "pos_emb",
              "norm.": "ln_f.", ".norm_1.": ".ln1.", ".norm_2.": ".ln2.", ".attention.out.": ".attn.proj."}
-# What the trainer's objects are called. Any other name ends the reading.
+# The full names of the trainer's classes and functions. A file that imports any other is refused.
 TRAINER = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities|torchmetrics|fsspec|omegaconf|taming"
     r"|numpy|collections|typing|argparse|pathlib|datetime|enum|uuid|torch\.optim|torch\.nn)\..+"
     r"|builtins\.(bool|bytes|dict|float|frozenset|int|list|object|range|slice|str|tuple)")
 
 
-class StandIn:
-    """In place of an object of the trainer: takes what the original would be built from, keeps nothing."""
+class Placeholder:
+    """Replaces an object of the trainer: accepts its constructor's arguments and its state, keeps nothing."""
 
     def __init__(self, *args):
         pass
@@ -48,17 +48,17 @@ class StandIn:
         pass
 
 
-class StandInDict:
-    """In place of a subclass of dict: torch fills in items of plain dicts only, so it becomes one."""
+class PlaceholderDict:
+    """Replaces a subclass of dict by an OrderedDict: torch sets the items of those only."""
 
     def __new__(cls, *args):
         return OrderedDict()
 
 
 def recognizes(path: str | Path) -> bool:
-    """Whether a file is to be read as taming's: it has a "state_dict", and not our "kind" and "model_config".
+    """Whether a file is theirs: it has a "state_dict", and not our "kind" and "model_config".
 
-    Its pickle is only disassembled, and a file that cannot be is none: whoever reads it next says why.
+    The pickle is disassembled, not run. False for a file that cannot be read, whose reader will say why.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -70,28 +70,29 @@ def recognizes(path: str | Path) -> bool:
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a file, by their names; mapped from the disk, so the file must stay as it is.
+    """The weights in a file, by their names; mapped from the disk, so the file must not change meanwhile.
 
-    Raises FileNotFoundError; ValueError for a file of another kind, or one that calls for anything but
-    tensors and the trainer's objects.
+    Raises FileNotFoundError; ValueError for a file of another kind, or one that imports anything but tensors
+    and the trainer's classes.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; name a file of taming-transformers")
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         refused = sorted(name for name in names if not TRAINER.fullmatch(name))
-        stand_ins = [(StandInDict if name.lower().endswith("dict") else StandIn, name) for name in names]
+        placeholders = [(PlaceholderDict if name.lower().endswith("dict") else Placeholder, name)
+                        for name in names]
         if not refused:
-            with torch.serialization.safe_globals(stand_ins):
-                found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with torch.serialization.safe_globals(placeholders):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path} is damaged, or was not written by torch.save of version 1.6 or later "
                          f"({type(error).__name__})") from None
     if refused:
-        raise ValueError(f"{path} was not opened: it calls for {refused[0]}, which no file of "
+        raise ValueError(f"{path} was not opened: it imports {refused[0]}, which no file of "
                          "taming-transformers does; nothing in it was run")
-    # The methods of dict and Tensor themselves: a file can give its objects others.
-    weights = dict.get(found, "state_dict") if isinstance(found, dict) else None
+    # Methods are called on dict and Tensor, since a file can shadow those of its objects.
+    weights = dict.get(content, "state_dict") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not dict.__len__(weights):
         raise ValueError(f'{path} has no "state_dict": it is not a file of taming-transformers')
     for key, weight in dict.items(weights):
@@ -99,11 +100,13 @@ def read(path: str | Path) -> dict[str, Tensor]:
                 or weight.layout != torch.strided or weight.device.type != "cpu" or weight.is_quantized
                 or weight.is_complex()):
             raise ValueError(f"{path} has {key!r} in its state_dict, which is not a tensor with a name")
+        if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
+            raise ValueError(f"{path} has too few numbers for the shape {tuple(weight.shape)} of {key!r}")
     return {key: Tensor.detach(weight) for key, weight in dict.items(weights)}
 
 
 def network(path: str | Path, group: str) -> dict[str, Tensor]:
-    """The weights of one network, their names without the group's prefix. Raises as `read`."""
+    """The weights of one network, without the prefix of its group. Raises ValueError; otherwise as `read`."""
     weights = read(path)
     if any(key.startswith(GROUPS) for key in weights):
         for key in weights:
@@ -111,23 +114,23 @@ def network(path: str | Path, group: str) -> dict[str, Tensor]:
                 raise ValueError(f"{path} has {key} beside {', '.join(GROUPS)}; this is not a file of "
                                  "taming-transformers' Net2NetTransformer")
         weights = {key.removeprefix(group): value for key, value in weights.items() if key.startswith(group)}
-    return {key: value for key, value in weights.items() if not re.fullmatch(NOT_WEIGHTS[group], key)}
+    return {key: value for key, value in weights.items() if not re.fullmatch(IGNORED[group], key)}
 
 
 def shape(weights: dict[str, Tensor], key: str, dimensions: int, what: str) -> tuple[int, ...]:
-    """The shape of one of the weights. Raises ValueError if it is not there."""
-    if key not in weights or weights[key].ndim != dimensions:
+    """The shape of one of the weights. Raises ValueError if it is missing, empty or of other dimensions."""
+    if key not in weights or weights[key].ndim != dimensions or weights[key].numel() == 0:
         raise ValueError(f"{what} in it: {key} with {dimensions} dimensions is missing")
     return tuple(weights[key].shape)
 
 
 def count(weights: dict[str, Tensor], pattern: str) -> int:
-    """How many different numbers stand at (\\d+) in the names."""
+    """The number of different matches of the (\\d+) in a pattern: of levels, blocks or layers."""
     return len({match[1] for key in weights if (match := re.match(pattern, key))})
 
 
 def vq_sizes(path: str | Path) -> dict:
-    """The arguments of VQConfig for the first stage in a file. Raises ValueError for one unlike ours."""
+    """The arguments of VQConfig for the first stage in a file. ValueError for another architecture."""
     weights, what = network(path, "first_stage_model."), f"{path} has no VQ model of taming-transformers"
     base_channels, image_channels, *_ = shape(weights, "encoder.conv_in.weight", 4, what)
     levels = count(weights, LEVELS)
@@ -135,9 +138,9 @@ def vq_sizes(path: str | Path) -> dict:
               for level in range(levels)]
     codebook_size, code_width = shape(weights, "quantize.embedding.weight", 2, what)
     z_channels = shape(weights, "quant_conv.weight", 4, what)[1]
-    if not base_channels or base_channels % 32 or any(width % base_channels for width in widths):
-        raise ValueError(f"{path} has {base_channels} channels at first and then {widths}; they must be "
-                         "multiples of 32, and of the first number")
+    if base_channels % 32 or any(width % base_channels for width in widths):
+        raise ValueError(f"{path} has {base_channels} channels at first and then {widths} per resolution; "
+                         "only multiples of 32, and of the first number, can be read")
     if z_channels != code_width:
         raise ValueError(f"{path} has {z_channels} channels before the projection to codes of {code_width} "
                          "(z_channels, embed_dim); only models where the two are equal can be read")
@@ -145,7 +148,7 @@ def vq_sizes(path: str | Path) -> dict:
                  for level in re.findall(r"^(?:encoder\.down|decoder\.up)\.(\d+)\.attn\.", key)}
     if attention != {levels - 1}:
         raise ValueError(f"{path} has attention at the resolutions {sorted(attention)} of {levels}; only "
-                         "models with attention at the coarsest, the last, and there alone can be read")
+                         "models with attention at the last, the coarsest, and nowhere else can be read")
     return {"image_channels": image_channels, "base_channels": base_channels,
             "channel_multipliers": ",".join(str(width // base_channels) for width in widths),
             "residual_blocks": count(weights, BLOCKS),
@@ -154,7 +157,7 @@ def vq_sizes(path: str | Path) -> dict:
 
 
 def gpt_sizes(path: str | Path, n_head: int = 0) -> dict:
-    """The arguments of GPTConfig for the transformer in a file. Raises ValueError for one unlike ours."""
+    """The arguments of GPTConfig for the transformer in a file. ValueError for another architecture."""
     weights, what = network(path, "transformer."), f"{path} has no transformer of taming-transformers"
     vocab_size, n_embd = shape(weights, "tok_emb.weight", 2, what)
     block_size = shape(weights, "pos_emb", 3, what)[1]
@@ -164,14 +167,14 @@ def gpt_sizes(path: str | Path, n_head: int = 0) -> dict:
             raise ValueError(f"{path} has a {key} that is not causal (n_unmasked); only causal transformers "
                              "can be read")
     if n_head == 0 and n_embd % 64:
-        raise ValueError(f"{path} has a transformer {n_embd} wide, which heads 64 wide do not divide; "
-                         "name their number, n_head")
+        raise ValueError(f"{path} has a transformer {n_embd} wide, which is no multiple of heads 64 wide; "
+                         "pass their number, n_head")
     return {"vocab_size": vocab_size, "block_size": block_size, "n_layer": n_layer, "n_embd": n_embd,
             "n_head": n_head or RELEASED_HEADS.get((n_layer, n_embd), n_embd // 64), "gelu": "none"}
 
 
 def vq_layers(levels: int, blocks: int) -> dict[str, str]:
-    """The layers of `vq.encoder` and `vq.decoder` in a file: "encoder.0" → "encoder.conv_in", and so on."""
+    """Our names of the layers of encoder and decoder → theirs: "encoder.0" → "encoder.conv_in", and so on."""
     coarsest = levels - 1
     middle = ["mid.block_1", "mid.attn_1", "mid.block_2"]
     encoder = ["conv_in"]
@@ -231,9 +234,9 @@ def gpt_weights(path: str | Path, ours: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def gather(path: str | Path, weights: dict[str, Tensor], sources: dict[str, list[str]],
            ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each of our weights from its sources in the file, where q, k and v are three.
+    """Each of our weights from its sources in the file: three for our joint projection to q, k and v.
 
-    Raises ValueError if one is missing, has another shape than ours, or is left over.
+    Raises ValueError if one is missing, left over, of another shape than ours, or not finite.
     """
     gathered = {}
     for name, keys in sources.items():
@@ -245,6 +248,8 @@ def gather(path: str | Path, weights: dict[str, Tensor], sources: dict[str, list
             if weights[key].shape != wanted:
                 raise ValueError(f"{path} has a {key} of {tuple(weights[key].shape)}, where the network's "
                                  f"other sizes ask for {wanted}")
+            if not weights[key].float().isfinite().all():
+                raise ValueError(f"{path} has NaN or infinite values in {key}: its training has diverged")
         parts = [weights.pop(key) for key in keys]
         gathered[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     if weights:
@@ -253,11 +258,10 @@ def gather(path: str | Path, weights: dict[str, Tensor], sources: dict[str, list
 
 
 def writing_order(path: str | Path) -> Tensor:
-    """The order (T,) in which an unconditional model writes its square grid; row by row if it names none.
+    """The permutation (T,) of the square code grid of an unconditional model; row-major if the file has none.
 
-    A condition shows in the model that encodes it, or in more positions than codes; a class in neither. So
-    a class-conditional file passes as unconditional and, the start token being 0, writes pictures of class 0.
-    Raises ValueError for other conditions.
+    Raises ValueError for a conditional model: one with weights under cond_stage_model, or with more positions
+    than codes. A class-conditional one has neither: it passes, and as the start token is 0, samples class 0.
     """
     weights, positions = read(path), gpt_sizes(path, n_head=1)["block_size"]
     order = weights.get("permuter.forward_shuffle_idx", torch.arange(positions))  # (T,)
@@ -265,10 +269,9 @@ def writing_order(path: str | Path) -> Tensor:
         raise ValueError(f"{path} has a permuter.forward_shuffle_idx that is not a permutation")
     cells = len(order)
     if any(key.startswith("cond_stage_model.") for key in weights):
-        raise ValueError(f"{path} writes pictures to a condition (cond_stage_model); only unconditional "
-                         "models of taming-transformers can be sampled")
+        raise ValueError(f"{path} has a conditional model (cond_stage_model); only unconditional models of "
+                         "taming-transformers can be sampled")
     if cells != positions or math.isqrt(cells) ** 2 != cells:
-        raise ValueError(f"{path} has {positions} positions, which are not those of a square grid of codes: "
-                         "some belong to a condition; only unconditional models of taming-transformers can "
-                         "be sampled")
+        raise ValueError(f"{path} has {positions} positions for {cells} codes; only unconditional models, "
+                         "with one position for each code of a square grid, can be sampled")
     return order
