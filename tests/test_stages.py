@@ -208,7 +208,7 @@ def test_an_interrupted_cache_is_never_read_and_a_damaged_one_is_named(tmp_path)
     np.save(tmp_path / "other.npy", np.zeros((1, 70, 2, 2)))
     for content in (whole[:-9], whole[:20], b"", (tmp_path / "other.npy").read_bytes()):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{path.name} is damaged .*: remove it, and the codes are made"):
+        with pytest.raises(ValueError, match=f"{path.name} is damaged .*: remove it, and the codes are"):
             cache(tmp_path, Numbers(70), Encoder())
 
 
