@@ -1,0 +1,395 @@
+"""First stages, the cache of their codes, and sampling from a prior.
+
+Oracles: encoding by hand, the data set without a cache, plain sampling, and a search for the nearest window.
+Random networks in float64, so that no draw depends on the order in which a BLAS sums.
+"""
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import data
+import run
+from gpt import GPT, GPTConfig
+from helpers import ALONE
+from orderings import ORDERINGS, TokenLayout
+from stages import CodeCache, FirstStage, Prior, Sampling
+from vq import VQ, VQConfig
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def first_stage_of(field: str, side: int = 4) -> FirstStage:
+    torch.manual_seed(1)
+    channels = {"segmentation": 5, "depth": 1}.get(field, 3)
+    vq = VQ(VQConfig(channels, 8, "1,2", 1, codebook_size=16, code_width=4))
+    return FirstStage(vq, field, data.Preparation(2 * side, (field,)), {"data": "scenes", "data_dir": "data"})
+
+
+def build(condition: str = "none", order: str = "row", scales: tuple = (), null_token: bool = True) -> Prior:
+    """A prior with random weights, so large that each token depends on all before it."""
+    image = first_stage_of("image")
+    parts = {"none": {}, "class": {"class": None}, "depth": {"depth": first_stage_of("depth")}}[condition]
+    size, length = {"none": (0, 0), "class": (3, 1), "depth": (16, 16)}[condition]
+    layout = TokenLayout(16, 4, 4, order, scales, size, length, null_token)
+    gpt = GPT(GPTConfig(layout.vocab_size, layout.block_size, 2, 2, 16)).double()
+    random = seeded(0)
+    for weight in gpt.parameters():
+        weight.data.normal_(std=0.5, generator=random)
+    return Prior(gpt, layout, {"image": image} | parts, ("a", "b", "c") if size == 3 else (), {})
+
+
+def conditions(prior: Prior, count: int, height: int = 4, width: int = 4) -> Tensor | None:
+    if prior.condition == "class":
+        return torch.arange(count) % 3
+    return torch.randint(16, (count, height, width), generator=seeded(9)) if prior.condition else None
+
+
+# first stages
+
+
+def test_a_first_stage_comes_back_from_its_state_frozen_and_with_the_same_hash(first_stage):
+    stage = FirstStage.load(first_stage)
+    copy = FirstStage.from_state(stage.state())
+    assert copy.hash() == stage.hash() and copy.preparation == stage.preparation and copy.field == "image"
+    assert (stage.side, stage.codebook_size, stage.preparation.size) == (8, 16, 16)
+    assert not stage.vq.training and not any(weight.requires_grad for weight in stage.vq.parameters())
+    hashes = {stage.hash()}
+    for weight in list(copy.vq.state_dict().values())[::7]:
+        weight.view(-1)[-1] += 1e-3
+        hashes.add(copy.hash())
+    assert len(hashes) == 1 + len(list(copy.vq.state_dict())[::7])
+    other = FirstStage.from_state(stage.state() | {"model_config": stage.state()["model_config"]
+                                                   | {"commitment_weight": 0.5}})
+    assert other.hash() not in hashes
+
+
+def test_each_field_is_encoded_as_the_network_sees_it():
+    scene = data.Scenes("val", data.Preparation(8, data.FIELDS))[0, None]
+    for field in data.FIELDS:
+        stage, values = first_stage_of(field), torch.from_numpy(scene[field])[None]
+        channels = stage.vq.config.image_channels
+        if field == "segmentation":
+            inputs = torch.stack([(values[0] == label).float() for label in range(channels)])[None]
+            assert stage.preparation.segments == channels  # so that other labels are refused
+        else:
+            inputs = values[None] if field == "depth" else values / 127.5 - 1
+        codes = stage.encode(values)
+        assert torch.equal(codes, stage.vq.encode(inputs)) and codes.shape == (1, 4, 4)
+        shown = stage.decode(codes)
+        assert shown.shape == (1, 1 if field == "depth" else 3, 8, 8) and shown.isfinite().all()
+        pyramid = stage.pyramid(codes, (1, 2))
+        assert [len(grid[0]) for grid in pyramid] == [1, 2, 4] and torch.equal(pyramid[2], codes)
+        assert torch.equal(pyramid[0], stage.vq.requantize(codes, 1))
+
+
+def test_a_first_stage_of_another_field_is_refused_and_a_moved_data_set_known_again(
+        first_stage, pictures, tmp_path):
+    with pytest.raises(ValueError, match="is a first stage of image in 3 channels, not of depth; train one"):
+        FirstStage.load(first_stage, "depth")
+    masks = torch.load(first_stage, weights_only=True)
+    masks["model_config"]["image_channels"], masks["target"] = 8, "image"  # as files of the authors' may be
+    masks["model"] = VQ(VQConfig(**masks["model_config"])).state_dict()
+    torch.save(masks, tmp_path / "masks.pt")
+    with pytest.raises(ValueError, match="is a first stage of image in 8 channels, not of image"):
+        FirstStage.load(tmp_path / "masks.pt")
+
+    assert FirstStage.is_finished(first_stage) and not FirstStage.is_finished(tmp_path / "none.pt")
+    stage = FirstStage.load(first_stage)
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    for folder, names in ((moved, range(16)), (other, range(15))):
+        (folder / "train").mkdir(parents=True)
+        for i in names:
+            content = (pictures / "train" / f"{i}.png").read_bytes()
+            (folder / "train" / f"{i}.png").write_bytes(content)
+        (folder / "val").symlink_to(pictures / "val")
+    assert stage.was_trained_on("folder", f"{pictures}/../{pictures.name}")
+    assert stage.was_trained_on("folder", str(moved)) and not stage.was_trained_on("folder", str(other))
+    stage.trained_on = stage.trained_on | {"data_dir": str(tmp_path / "gone")}
+    assert stage.was_trained_on("folder", str(moved)) and not stage.was_trained_on("folder", str(other))
+
+
+# the code cache
+
+
+class Numbers:
+    """Picture i is filled with i, in view n of seed s with i + 50 + 50 n + s; its class is i mod 3."""
+
+    def __init__(self, count: int, name: str = "numbers"):
+        self.count, self.name = count, name
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, item) -> dict:
+        index, key = item
+        pixels = np.full((3, 4, 4), index + (0 if key is None else 50 + 50 * key[1] + key[0]), np.uint8)
+        return {"image": pixels, "class": np.int64(index % 3)}
+
+    def fingerprint(self) -> str:
+        return self.name
+
+
+class Encoder:
+    """Stands for a first stage: codes are the upper left quarter of the picture times 250; counts pictures."""
+
+    side = 2
+
+    def __init__(self, name: str = "hash"):
+        self.name, self.pictures = name, 0
+
+    def hash(self) -> str:
+        return self.name
+
+    def encode(self, values: Tensor) -> Tensor:
+        self.pictures += len(values)
+        return values[:, 0, :2, :2].long() * 250
+
+
+def cache(directory: Path, dataset, encoder, views: int = 1, seed: int = 0, split: str = "train",
+          process: run.Process = ALONE, **others) -> np.ndarray:
+    codes = CodeCache(directory, seed, views).codes(split, dataset, {"image": encoder} | others, process, 0)
+    return codes["image"] if not others else codes
+
+
+def test_a_cache_holds_what_encoding_gives_of_all_fields_and_views(tmp_path):
+    dataset = Numbers(70)
+    codes = cache(tmp_path / "new" / "folder", dataset, Encoder(), views=3, seed=5, **{"class": None})
+    assert codes["image"].shape == (210, 2, 2) and codes["image"].dtype == np.uint16
+    for view, index in itertools.product(range(3), range(70)):
+        item = dataset[index, None if view == 0 else (5, view)]
+        assert (codes["image"][70 * view + index] == 250 * item["image"][0, :2, :2].astype(int)).all()
+        assert codes["class"][70 * view + index] == index % 3
+    assert codes["image"].max() > 2**15  # 16 bits without a sign
+    assert len(cache(tmp_path, dataset, Encoder(), views=3, split="val")) == 70  # validation has one view
+
+
+def test_a_cache_is_computed_once_and_is_another_for_whatever_changes_its_codes(tmp_path):
+    encoder, count = Encoder(), 0
+    first = cache(tmp_path, Numbers(6), encoder)
+    second = cache(tmp_path, Numbers(6), encoder, seed=9)  # the plain view alone does not depend on the seed
+    assert encoder.pictures == 6 and np.array_equal(first, second)
+    for codes in (first, second):
+        with pytest.raises(ValueError, match="read-only"):
+            codes[0, 0] = 1
+    for change in [{}, {"encoder": Encoder("other")}, {"dataset": Numbers(6, "other")}, {"views": 2},
+                   {"views": 2, "seed": 1}, {"views": 3}]:
+        for expected in (6 * change.get("views", 1), 0):
+            one = change.get("encoder", encoder)
+            one.pictures = 0
+            cache(tmp_path, **{"dataset": Numbers(6), "encoder": one} | change)
+            assert one.pictures == (expected if change else 0)
+        count += 1
+        assert len(list(tmp_path.glob("codes-*.npy"))) == count == len(list(tmp_path.iterdir()))
+    encoder.pictures = 0
+    cache(tmp_path, Numbers(6), encoder, **{"class": None})  # only what is missing is computed
+    assert encoder.pictures == 0 and len(list(tmp_path.iterdir())) == count + 1
+
+
+def test_an_interrupted_cache_is_never_read_and_a_damaged_one_is_named(tmp_path):
+    class Interrupted(Encoder):
+        def encode(self, values: Tensor) -> Tensor:
+            if values.max() > 64:  # in the second batch
+                raise KeyboardInterrupt
+            return super().encode(values)
+
+    with pytest.raises(KeyboardInterrupt):
+        cache(tmp_path, Numbers(70), Interrupted())
+    assert not list(tmp_path.glob("*.npy")) and len(list(tmp_path.glob("*.part"))) == 1
+    assert cache(tmp_path, Numbers(70), Encoder())[:, 1, 1].tolist() == [250 * i for i in range(70)]
+    path = next(tmp_path.glob("*.npy"))
+    whole = path.read_bytes()
+    np.save(tmp_path / "other.npy", np.zeros((1, 70, 2, 2)))
+    for content in (whole[:-9], whole[:20], b"", (tmp_path / "other.npy").read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path.name} is damaged .*: remove it, and the codes are"):
+            cache(tmp_path, Numbers(70), Encoder())
+
+
+def test_a_full_disk_is_noticed_before_anything_is_encoded(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    encoder = Encoder()
+    with pytest.raises(OSError, match=r"\(No space left on device\): make room, or name .* --codes-dir"):
+        cache(tmp_path, Numbers(5), encoder)
+    assert encoder.pictures == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_processes_each_encode_their_share_into_one_file(tmp_path, monkeypatch):
+    """Rank 1 runs from start to end inside the barrier where rank 0, with its share encoded, waits for it."""
+    dataset, encoders, waits = Numbers(7), [Encoder(), Encoder()], []
+    ranks = [run.Process(torch.device("cpu"), rank, 2) for rank in range(2)]
+
+    def broadcast(values: list, device: torch.device):
+        values[0] = 4242  # process number of rank 0, which both put into the name of the temporary file
+
+    def barrier():
+        waits.append([path.name.split(".", 1)[1] for path in tmp_path.iterdir()])
+        if len(waits) == 2:
+            with pytest.raises(FileNotFoundError):  # it opens the file, which rank 0 has not renamed yet
+                cache(tmp_path, dataset, encoders[1], process=ranks[1])
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(torch.distributed, "barrier", barrier)
+    codes = cache(tmp_path, dataset, encoders[0], process=ranks[0])
+    assert [encoder.pictures for encoder in encoders] == [4, 3]
+    assert codes[:, 0, 0].tolist() == [250 * i for i in range(7)]
+    assert waits == 5 * [["4242.part"]] + [["npy"]]  # rank 1 renames nothing
+
+
+# the prior
+
+
+def test_tokens_are_the_condition_or_null_and_then_each_grid_in_the_order():
+    prior = build("depth", "spiral", (1, 2))
+    codes = {field: np.random.default_rng(i).integers(0, 16, (9, 4, 4)).astype(np.uint16)
+             for i, field in enumerate(("image", "depth"))}
+    tokens = prior.tokens(codes, [7, 2])
+    p = ORDERINGS["spiral"](4, 4).numpy()
+    for row, index in zip(tokens, [7, 2]):
+        assert row[:16].tolist() == (codes["depth"][index].flatten().astype(int) + 16).tolist()
+        assert row[-16:].tolist() == codes["image"][index].flatten()[p].tolist()
+        coarsest = prior.image.vq.requantize(torch.from_numpy(codes["image"][index].astype(int))[None], 1)
+        assert row[16] == coarsest and len(row) == 16 + 1 + 4 + 16
+    torch.manual_seed(0)
+    many = prior.tokens(codes, [3] * 4000, dropout=0.25)[:, :16]
+    null = (many == 32).all(1)
+    assert 0.22 < null.double().mean() < 0.28
+    assert (many[~null] == tokens.new_tensor(codes["depth"][3].flatten().astype(int) + 16)).all()
+    labelled = {"image": codes["image"], "class": np.arange(9, dtype=np.uint16) % 3}
+    assert build("class").tokens(labelled, [4, 5])[:, 0].tolist() == [17, 18]
+    assert build().tokens({"image": codes["image"]}, [0])[:, 0].tolist() == [16]
+
+
+def test_given_tokens_are_kept_and_the_rest_differs_between_seeds():
+    for kind in ("none", "class", "depth"):
+        prior = build(kind, "subsample", (2,))
+        condition = conditions(prior, 6)
+        given = torch.randint(16, (6, 11), generator=seeded(3))
+        draw = [prior.sample(6, condition, given, Sampling(), seeded(seed)) for seed in (0, 0, 1)]
+        assert torch.equal(draw[0], draw[1]) and draw[0].shape == (6, 20) and draw[0].max() < 16
+        assert all(torch.equal(tokens[:, :11], given) for tokens in draw)
+        assert ((draw[0] != draw[2])[:, 11:]).float().mean() > 0.3
+        assert torch.equal(prior.sample(6, condition, draw[0]), draw[0])  # nothing is left to be drawn
+        slow = prior.sample(6, condition, given, Sampling(), seeded(0), cached=False)
+        assert torch.equal(slow, draw[0])
+        some = prior.sample(6, condition, given, Sampling(), seeded(0), steps=3)
+        assert torch.equal(some, draw[0][:, :14])
+
+
+def test_a_condition_changes_what_is_drawn_and_guidance_how_much():
+    """With guidance g the likeliest first token is that of null + g·(conditional − null)."""
+    for kind in ("class", "depth"):
+        prior = build(kind)
+        condition = conditions(prior, 3)
+        plain, none = (prior.sample(3, condition, None, Sampling(guidance=g), seeded(0)) for g in (1.0, 1))
+        assert torch.equal(plain, none)
+        prefixes = [prior.layout.prefix(c, 3) for c in (condition, None)]
+        with torch.no_grad():
+            conditional, null = (prior.gpt(prefix)[:, -1, :16] for prefix in prefixes)
+        for guidance in (0.0, 1.0, 3.0):
+            drawn = prior.sample(3, condition, None, Sampling(top_k=1, guidance=guidance), seeded(0))
+            assert drawn[:, 0].tolist() == (null + guidance * (conditional - null)).argmax(1).tolist()
+            assert len(set(drawn[:, 0].tolist())) == 1 or guidance > 0
+    for prior in (build(), build("class", null_token=False)):
+        with pytest.raises(ValueError, match="guidance is 2.0, but this model knows no dropped condition"):
+            prior.sample(2, conditions(prior, 2), None, Sampling(guidance=2.0))
+    for values in ({"guidance": -1.0}, {"guidance": 101.0}, {"temperature": 1e-45}, {"top_p": 0.0}):
+        with pytest.raises(ValueError, match=f"^{next(iter(values))} is"):
+            Sampling(**values)
+
+
+def nearest_start(position: int, window: int, size: int) -> int:
+    """Where a window must start so that a position in it is nearest to its centre."""
+    starts = [start for start in range(size - window + 1) if start <= position < start + window]
+    return min(starts, key=lambda start: abs(position - start - window // 2))
+
+
+def test_a_window_of_the_training_size_is_plain_sampling_and_larger_grids_see_the_nearest():
+    for kind in ("none", "class", "depth"):
+        prior = build(kind)
+        condition = conditions(prior, 2)
+        grid = prior.sample_window(2, 4, 4, condition, Sampling(), seeded(4))
+        assert torch.equal(grid.flatten(1), prior.sample(2, condition, None, Sampling(), seeded(4)))
+
+        condition = conditions(prior, 2, 6, 9)
+        grid = torch.zeros(2, 6, 9, dtype=torch.int64)
+        random = seeded(5)
+        for y, x in itertools.product(range(6), range(9)):
+            top, left = nearest_start(y, 4, 6), nearest_start(x, 4, 9)
+            part = condition[:, top:top + 4, left:left + 4] if kind == "depth" else condition
+            tokens = prior.layout.tokens([grid[:, top:top + 4, left:left + 4]], part)
+            before = prior.layout.prefix_length + 4 * (y - top) + x - left
+            with torch.no_grad():
+                probabilities = prior.gpt(tokens[:, :before])[:, -1, :16].float().softmax(1)
+            grid[:, y, x] = torch.multinomial(probabilities, 1, generator=random)[:, 0]
+        assert torch.equal(prior.sample_window(2, 6, 9, condition, Sampling(), seeded(5)), grid)
+        assert len(grid.unique()) > 8
+    for prior in (build(order="spiral"), build(scales=(2,))):
+        with pytest.raises(ValueError, match="a larger size needs a model of one scale in the order row"):
+            prior.sample_window(1, 8, 8)
+    with pytest.raises(ValueError, match="4×4"):  # the training size, below which there is no window
+        build().sample_window(1, 3, 8)
+
+
+def test_networks_run_under_the_runs_autocast_when_they_sample(monkeypatch):
+    monkeypatch.setattr(run, "autocast", lambda device: torch.autocast(device.type, torch.bfloat16))
+    prior, seen = build(), []
+    prior.gpt.float()
+    for network in (prior.gpt, prior.image.vq.decoder):
+        network.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    prior.pictures(prior.sample(2))
+    prior.sample_window(1, 4, 5)
+    assert seen == [True] * (16 + 1 + 20)
+
+
+def test_rows_show_a_map_and_then_its_samples():
+    for kind, columns in (("depth", 4), ("class", 3)):
+        prior = build(kind)
+        condition = conditions(prior, 2)
+        shown = prior.rows(condition, 3, Sampling(), seeded(0)).unflatten(0, (2, columns))
+        tokens = prior.sample(6, condition[[0, 0, 0, 1, 1, 1]], None, Sampling(), seeded(0))
+        assert torch.allclose(shown[:, -3:].flatten(0, 1), prior.pictures(tokens), atol=1e-5)
+        if kind == "depth":
+            maps = prior.stages["depth"].decode(condition).expand(-1, 3, -1, -1)
+            assert torch.allclose(shown[:, 0], maps, atol=1e-5)
+
+
+def test_a_prior_comes_back_from_its_state(tmp_path):
+    for kind in ("none", "class", "depth"):
+        prior = build(kind, "zcurve", (1,))
+        prior.gpt.float()
+        torch.save({"kind": "gpt"} | prior.state(), tmp_path / "checkpoint.pt")
+        copy = Prior.load(tmp_path / "checkpoint.pt", torch.device("cpu"))
+        assert (copy.layout, copy.classes, copy.condition) == (prior.layout, prior.classes, prior.condition)
+        drawn = [one.sample(2, conditions(prior, 2), generator=seeded(0)) for one in (prior, copy)]
+        assert torch.equal(*drawn) and torch.equal(prior.pictures(drawn[0]), copy.pictures(drawn[1]))
+
+
+def test_an_unconditional_file_of_the_authors_is_sampled_in_its_order_from_its_code_0(tmp_path):
+    taming_files = pytest.importorskip("test_taming")
+    for order in (None, "spiral", "subsample"):
+        states, p = taming_files.both_stages(seed=1), torch.arange(16)
+        if order:
+            p = ORDERINGS[order](4, 4)
+            states |= {"permuter.forward_shuffle_idx": p, "permuter.backward_shuffle_idx": p.argsort()}
+        path = taming_files.write(tmp_path / "net2net.ckpt", states)
+        prior, theirs = Prior.load(path, torch.device("cpu")), GPT.from_taming(path).eval()
+        assert prior.layout == TokenLayout(20, 4, 4, order or "row") and list(prior.stages) == ["image"]
+        tokens = torch.tensor([[0]])  # they start with code 0
+        for _ in range(16):
+            with torch.no_grad():
+                tokens = torch.cat([tokens, theirs(tokens)[:, -1].argmax(1, keepdim=True)], 1)
+        assert torch.equal(prior.sample(1, None, None, Sampling(top_k=1)), tokens[:, 1:])
+    shuffled = torch.arange(16).flip(0)
+    taming_files.write(path, states | {"permuter.forward_shuffle_idx": shuffled})
+    with pytest.raises(ValueError, match="writes in an order that is none of row, spiral"):
+        Prior.load(path, torch.device("cpu"))

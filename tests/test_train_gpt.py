@@ -1,0 +1,381 @@
+"""The second stage's training, on small pictures in a folder and on a few drawn scenes.
+
+Oracles: the run that was never interrupted, bit for bit; a slow loop over tokens for the validation loss; the
+plain loop for what a step does; a search through all crops for what was encoded; one process, for two.
+"""
+import dataclasses
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import train_gpt
+import train_vq
+from checkpoints import load_checkpoint
+from gpt import GPT, GPTConfig
+from helpers import ALONE, ROOT, assert_bit_equal, gpt_flags, shell
+from orderings import ORDERINGS
+from stages import FirstStage, Prior
+from vq import VQ, VQConfig
+
+
+TINY = "--n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --device cpu".split()
+
+
+def log_of(checkpoint: Path) -> list[dict]:
+    return [json.loads(line) for line in (checkpoint.parent / "log.jsonl").read_text().splitlines()]
+
+
+# going on
+
+
+def test_a_killed_or_stopped_run_ends_bit_for_bit_as_if_it_had_not_been(pictures, first_stage, tmp_path):
+    def flags(name: str) -> list[str]:
+        return [*gpt_flags(pictures, first_stage, tmp_path / name),
+                *"--steps 30 --decay --warmup-steps 3 --checkpoint-every 4".split()]
+
+    whole = train_gpt.main(flags("whole"))
+    numbers = (signal.SIGKILL, signal.SIGTERM)
+    processes = [subprocess.Popen([sys.executable, ROOT / "train_gpt.py", *flags(number.name)], text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                 for number in numbers]
+    for number, process in zip(numbers, processes):
+        for line in process.stdout:
+            if line.startswith("step 10/"):
+                os.killpg(process.pid, number)  # the whole group, as schedulers do
+                break
+        _, errors = process.communicate()
+        out = tmp_path / number.name
+        step = load_checkpoint(out / "checkpoint.pt", "gpt")["step"]
+        if number == signal.SIGTERM:
+            assert process.returncode == 130 and 10 <= step < 30
+            stopped = rf"train_gpt.py: stopped after step {step} of 30; .* is saved, --resume goes on\n"
+            assert re.fullmatch(stopped, errors)
+        else:
+            assert process.returncode == -signal.SIGKILL and step % 4 == 0 and 8 <= step < 30
+        assert_bit_equal(train_gpt.main(["--resume", "--data", "folder", "--out", str(out)]), whole)
+        assert [line["step"] for line in log_of(out / "checkpoint.pt")] == list(range(1, 31))
+
+
+def test_a_run_goes_on_longer_elsewhere_and_with_its_own_first_stage(
+        pictures, first_stage, tmp_path, monkeypatch, capsys):
+    path, moved = tmp_path / "vq.pt", tmp_path / "moved"
+    path.write_bytes(first_stage.read_bytes())
+    flags = ["--steps", "2", "--order", "alternate", "--seed", "7"]
+    train_gpt.main([*gpt_flags(pictures, path, tmp_path / "a"), *flags])
+    path.write_bytes(b"something else")
+    for split in ("train", "val"):
+        (moved / split).mkdir(parents=True)
+        for file in (pictures / split).iterdir():
+            (moved / split / file.name).write_bytes(file.read_bytes())
+    resume = ["--resume", "--out", tmp_path / "a", "--data-dir", moved]
+    longer = train_gpt.main([*map(str, resume), "--steps", "4"])
+    whole = [*gpt_flags(pictures, first_stage, tmp_path / "b"), *flags]
+    assert_bit_equal(longer, train_gpt.main([*whole, "--steps", "4"]))
+    assert load_checkpoint(longer, "gpt")["config"]["order"] == "alternate"
+    other = train_gpt.main([*whole, "--steps", "4", "--seed", "8", "--out", str(tmp_path / "c")])
+    a, b = (load_checkpoint(path, "gpt")["model"]["head.weight"] for path in (longer, other))
+    assert not torch.equal(a, b)
+
+    Image.new("RGB", (16, 16)).save(moved / "train" / "more.png")
+    capsys.readouterr()
+    train_gpt.main([*map(str, resume), "--steps", "5"])
+    assert f"pictures were added to {moved} or removed" in capsys.readouterr().out
+    status, _, errors = shell("train_gpt.py", [*resume[:-1], pictures, "--steps", "6"], monkeypatch, capsys)
+    assert status == 1 and f"{pictures} holds other pictures than {moved}" in errors
+
+
+def test_classes_that_changed_do_not_go_on(first_stage, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "pictures"
+    for i, name in enumerate(("a", "c") * 20):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(folder / name / f"{i}.png")
+    flags = [*gpt_flags(folder, first_stage, tmp_path / "run"), "--condition", "class"]
+    assert load_checkpoint(train_gpt.main([*flags, "--steps", "1"]), "gpt")["classes"] == ("a", "c")
+    (folder / "b").mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "b" / "1.png")
+    status, _, errors = shell("train_gpt.py", [*flags, "--steps", "2", "--resume"], monkeypatch, capsys)
+    assert status == 1 and "classes" in errors
+
+
+# what a step does
+
+
+def test_training_is_the_plain_loop_with_warm_up_decay_and_clipping(pictures, first_stage, tmp_path):
+    settings = ("--steps 6 --dropout 0 --lr 1e-2 --warmup-steps 2 --decay --clip 0.05 --weight-decay 0.3 "
+                "--beta1 0.8 --beta2 0.9 --seed 4 --order subsample").split()
+    trained = load_checkpoint(train_gpt.main([*gpt_flags(pictures, first_stage, tmp_path), *settings]), "gpt")
+    stage = FirstStage.load(first_stage)
+    images = [torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+              for file in sorted((pictures / "train").iterdir())]
+    codes = stage.encode(torch.stack(images)).flatten(1)[:, ORDERINGS["subsample"](8, 8)]
+    torch.manual_seed(4)
+    gpt = GPT(GPTConfig(17, 64, 2, 2, 16, gelu="none"))
+    decays = [name.endswith("weight") and "norm" not in name and "embedding" not in name
+              for name, _ in gpt.named_parameters()]
+    assert sum(decays) == 2 * 4 + 1  # four matrices in each block, and the head
+    groups = [[weight for weight, decay in zip(gpt.parameters(), decays) if decay == wanted]
+              for wanted in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": groups[0], "weight_decay": 0.3},
+                                   {"params": groups[1], "weight_decay": 0.0}], betas=(0.8, 0.9))
+    batches = data.training_order(16, 4, 4)
+    for lr in (0.005, 0.01, *(0.01 * (0.05 + 0.475 * (1 + np.cos(np.pi * i / 4))) for i in range(4))):
+        batch = codes[[index for index, _ in next(batches)]]
+        inputs = torch.cat([torch.full((4, 1), 16), batch[:, :-1]], 1)  # behind the null token
+        loss = F.cross_entropy(gpt(inputs).flatten(0, 1), batch.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        assert torch.nn.utils.clip_grad_norm_(gpt.parameters(), 0.05) > 0.05
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    for name, weight in gpt.state_dict().items():
+        assert torch.allclose(weight, trained["model"][name], atol=2e-5), name
+
+
+def test_a_diverged_run_ends_in_a_sentence_before_it_is_sampled_from_or_saved(
+        pictures, first_stage, tmp_path, monkeypatch, capsys):
+    for name, evaluations, loss in (("a", "99", "train"), ("b", "1", "val")):
+        flags = [*gpt_flags(pictures, first_stage, tmp_path / name), "--steps", "30", "--checkpoint-every", "1"]
+        before = None
+        if loss == "val":
+            before = train_gpt.main([*flags, "--steps", "1"]).read_bytes()
+            flags.append("--resume")
+        status, _, errors = shell("train_gpt.py", [*flags, "--eval-every", evaluations, "--lr", "1e30"],
+                                  monkeypatch, capsys)
+        assert status == 1 and re.search(rf"the {loss} loss became (nan|inf): ", errors)
+        checkpoint = tmp_path / name / "checkpoint.pt"
+        assert before in (None, checkpoint.read_bytes())
+        assert all(weight.isfinite().all() for weight in load_checkpoint(checkpoint, "gpt")["model"].values())
+        assert len(list((tmp_path / name).glob("step-*.png"))) == (loss == "val")
+
+
+def test_two_processes_compute_what_one_does(pictures, first_stage, tmp_path):
+    def flags(name: str) -> list[str]:
+        return [*gpt_flags(pictures, first_stage, tmp_path / name), "--dropout", "0", "--steps", "8"]
+
+    one = load_checkpoint(train_gpt.main(flags("one")), "gpt")["model"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, ROOT / "train_gpt.py", *flags("two")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 8/8") == 1  # only one process talks
+    a, b = (tmp_path / name / "checkpoint.pt" for name in ("one", "two"))
+    assert log_of(a)[-1]["val"] == pytest.approx(log_of(b)[-1]["val"], rel=1e-4)
+    for name, weight in load_checkpoint(b, "gpt")["model"].items():
+        assert torch.allclose(weight, one[name], rtol=1e-3, atol=1e-4), name
+
+
+# what a run leaves behind
+
+
+def test_the_log_repeats_the_screen_and_codes_are_computed_once_for_all_orders(
+        pictures, first_stage, second_stage, tmp_path, capsys):
+    capsys.readouterr()
+    path = train_gpt.main([*gpt_flags(pictures, first_stage, tmp_path), "--steps", "2", "--order", "zcurve"])
+    out = capsys.readouterr().out
+    assert "encoding" not in out  # second_stage has the same codes
+    assert re.search(r"baselines: 2\.773 nats/token for a uniform guess, \d\.\d+ for the frequency", out)
+    shown = re.search(r"step 2/2 · train (\S+) nats/token · val (\S+) · lr (\S+) · \d+ ms/", out).groups()
+    logged = log_of(path)[-1]
+    assert shown == (f"{logged['train']:.3f}", f"{logged['val']:.3f}", f"{logged['lr']:.1e}")
+    assert out.splitlines()[-1].endswith(f"{path} · {tmp_path / 'step-000002.png'}")
+    with Image.open(tmp_path / "step-000002.png") as grid:  # 8 by 4 samples, enlarged to 96 pixels
+        assert grid.size == (8 * 96 + 7 * 2, 4 * 96 + 3 * 2)
+    cells, pixels = np.array(logged["val_by_cell"][0]), np.asarray(Image.open(tmp_path / "loss-map.png"))
+    expected = cells / cells.max() * 255
+    assert np.abs(pixels[16::32, 16::32, 0] - expected).max() <= 1  # brighter where it is harder
+
+
+@pytest.fixture
+def few_scenes(tmp_path, monkeypatch):
+    """Twelve scenes of 16×16 pixels, and a demo preset of a first stage that is trained for 4 steps."""
+    small = dataclasses.replace(
+        train_vq.PRESETS["demo"], image_size=16, base_channels=8, channel_multipliers="1,2", codebook_size=16,
+        code_width=4, steps=4, batch_size=4, restart_every=3, eval_every=4, checkpoint_every=2, seed=1)
+    monkeypatch.setitem(train_vq.PRESETS, "demo", small)
+    monkeypatch.setattr(data, "SCENES", {"train": 12, "val": 5})
+    monkeypatch.chdir(tmp_path)
+
+
+def nats_by_token(prior: Prior, index: int, null: bool) -> list[float]:
+    """The validation loss of each image token, one after the other."""
+    layout, K = prior.layout, 16
+    scene = data.Scenes("val", data.Preparation(16, tuple(prior.stages)))[index, None]
+    values = {field: torch.as_tensor(value)[None] for field, value in scene.items()}
+    codes = prior.image.encode(values["image"])
+    image = []
+    for side in (1, 2, 4, 8) if layout.scales else (8,):
+        grid = prior.image.vq.requantize(codes, side).flatten().tolist()
+        image += [grid[cell] for cell in ORDERINGS[layout.order](side, side).tolist()]
+    prefix = [K]  # the null token of an unconditional model
+    if prior.condition == "class":
+        prefix = [K + 4 if null else K + int(values["class"])]
+    elif prior.condition:
+        condition = prior.stages[prior.condition].encode(values[prior.condition]).flatten().tolist()
+        prefix = [K + 16 if null else K + code for code in condition]
+    logits = prior.gpt(torch.tensor([(prefix + image)[:-1]]))[0].log_softmax(1)
+    return [-logits[len(prefix) - 1 + t, token].item() for t, token in enumerate(image)]
+
+
+def test_every_condition_trains_what_it_needs_and_is_validated_over_all_image_tokens(few_scenes, capsys):
+    wanted = {"none": "--order zcurve", "class": "--condition-dropout 0.5 --order spiral",
+              "segmentation": "--order alternate", "depth": "--multiscale --condition-dropout 0.3",
+              "pose": "--multiscale --order subsample"}
+    small = "--eval-every 2 --steps 3 --lr 3e-2".split()
+    for condition, flags in wanted.items():
+        path = train_gpt.main(["--condition", condition, *flags.split(), *TINY, *small])
+        out, logged = capsys.readouterr().out, log_of(path)[-1]
+        trained = re.findall(r"no finished first stage in runs/vq-demo-scenes(\S*): training it first", out)
+        assert trained == {"none": [""], "class": []}.get(condition, [f"-{condition}"])
+        scales = "-multiscale" if "multiscale" in flags else ""
+        prior = Prior.load(path, torch.device("cpu"))
+        order = prior.layout.order
+        name = "" if condition == "none" else f"-{condition}"
+        assert path.parent.name == f"gpt-demo-scenes-{order}{name}{scales}"
+        with torch.no_grad():
+            nats, null = (np.array([nats_by_token(prior, i, dropped) for i in range(5)])
+                          for dropped in (False, True))
+        assert nats.shape == (5, 85 if scales else 64)
+        assert logged["val"] == pytest.approx(nats.mean(), rel=1e-5)
+        assert logged["nats_per_picture"] == pytest.approx(nats.sum(1).mean(), rel=1e-4)
+        assert ("val_null" in logged) == ("dropout" in flags)
+        if "val_null" in logged:
+            assert logged["val_null"] == pytest.approx(null.mean(), rel=1e-5)
+            assert abs(null.mean() - nats.mean()) > 3e-4
+        first = 0
+        for side, grid in zip((1, 2, 4, 8) if scales else (8,), logged["val_by_cell"], strict=True):
+            cells = np.empty(side * side)
+            cells[ORDERINGS[order](side, side)] = nats.mean(0)[first:first + side * side]
+            assert np.allclose(np.array(grid).flatten(), cells, atol=2e-4)
+            if scales:
+                assert logged[f"val_{side}"] == pytest.approx(cells.mean(), rel=1e-4)
+            first += side * side
+
+
+def test_conditions_are_dropped_in_training_only_and_evaluation_gives_the_mode_back(few_scenes, monkeypatch):
+    calls, settings = [], []
+    forward, draw = GPT.forward, Prior.sample
+
+    def recorded(self, tokens, cache=None):
+        calls.append((self.training, tokens))
+        return forward(self, tokens, cache)
+
+    def sampled(self, count, condition, given, sampling, generator):
+        settings.append((count, sampling.top_k, sampling.temperature))
+        return draw(self, count, condition, given, sampling, generator)
+
+    monkeypatch.setattr(GPT, "forward", recorded)
+    monkeypatch.setattr(Prior, "sample", sampled)
+    train_gpt.main([*TINY, *("--condition class --condition-dropout 0.5 --eval-every 3 --steps 6 --top-k 7 "
+                             "--temperature 0.9").split()])
+    training = [tokens for mode, tokens in calls if mode]
+    assert [len(tokens) for tokens in training] == [4] * 6
+    modes = [mode for mode, _ in itertools.groupby(mode for mode, _ in calls)]
+    assert modes == [True, False, True, False]
+    dropped = torch.cat(training)[:, 0] == 20
+    assert 0 < dropped.sum() < 24 and torch.cat(training)[:, 1:].max() < 16
+    assert settings == [(20, 7, 0.9)] * 2  # 4 samples to each of 5 validation conditions
+
+
+def test_image_and_condition_have_the_same_crop_and_flip_in_every_view(tmp_path):
+    """Each view must be one of all possible crops, the same one for a picture and for its mask."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (6, 16, 24, 3), np.uint8)  # height 16, width 24: nine crops, not resized
+    for i, picture in enumerate(pixels):
+        for field, array in (("images", picture), ("segmentation", picture[:, :, 0] // 64)):
+            (tmp_path / "train" / field).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(tmp_path / "train" / field / f"{i}.png")
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    ways = list(itertools.product(range(9), (False, True)))  # left, mirrored
+    crops = torch.stack([torch.from_numpy(pixels[:, :, left:left + 16]).flip(2) if mirrored else
+                         torch.from_numpy(pixels[:, :, left:left + 16]) for left, mirrored in ways], 1)
+    for flip in (True, False):
+        stages, expected = {}, {}
+        for field, channels in (("image", 3), ("segmentation", 4)):
+            torch.manual_seed(0)
+            vq = VQ(VQConfig(channels, 8, "1,2", 1, 64, 4))
+            vq.quantizer.codebook.data.normal_(std=0.3)
+            stages[field] = FirstStage(vq, field, data.Preparation(16, (field,), flip=flip), {})
+            values = crops.movedim(-1, 2) if field == "image" else crops[..., 0] // 64
+            expected[field] = stages[field].encode(values.flatten(0, 1)).unflatten(0, (6, 18)).numpy()
+        config = dataclasses.replace(
+            train_gpt.PRESETS["demo"], data="folder", data_dir=str(tmp_path), condition="segmentation", views=4,
+            codes_dir=str(tmp_path / "codes"), seed=3, workers=0)
+        training, validation, _, _ = train_gpt.encode_pictures(config, stages, None, ALONE)
+        assert len(training["image"]) == 24 and len(validation["image"]) == 6
+        found = []
+        for n in range(24):
+            agree = [(expected[field][n % 6] == training[field][n]).mean((1, 2)) for field in stages]  # (18,)
+            assert agree[0].argmax() == agree[1].argmax() and min(map(max, agree)) > 0.95
+            found.append(ways[agree[0].argmax()])
+        assert set(found[:6]) == {(4, False)}  # the first view is not augmented
+        assert {mirrored for _, mirrored in found} == {False, flip} and len(set(found)) > 5
+
+
+# the first stages
+
+
+def test_a_first_stage_that_was_cut_off_goes_on_and_leaves_no_trace_in_the_second(few_scenes, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    flags = [*TINY, "--steps", "1"]
+    with monkeypatch.context() as context:
+        context.setattr(train_vq, "restart_dead_codes", interrupt)  # called at step 3
+        with pytest.raises(KeyboardInterrupt):
+            train_gpt.main(flags)
+    first_stage = Path("runs/vq-demo-scenes/checkpoint.pt")
+    assert load_checkpoint(first_stage, "vq")["step"] == 2
+    out = train_gpt.main(flags)
+    assert_bit_equal(first_stage, train_vq.main(["--out", "whole"]))
+    again = train_gpt.main([*flags, "--out", "again"])
+    assert_bit_equal(again, out)  # whether the first stage was trained just before makes no difference
+
+
+def test_no_mistake_ends_in_a_traceback(pictures, first_stage, second_stage, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+    (tmp_path / "runs" / "vq-demo-folder").mkdir(parents=True)
+    (tmp_path / "runs" / "vq-demo-folder" / "checkpoint.pt").write_bytes(first_stage.read_bytes())
+    (tmp_path / "mine").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "mine" / "a.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "mine" / "b.png")
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    gpt, here = gpt_flags(pictures, first_stage, out), gpt_flags(pictures, first_stage, second_stage.parent)
+    for flags, status, sentence in [
+            (["--order", "sprial"], 2, "order is 'sprial'; choose one of row, spiral, zcurve, subsample"),
+            (["--ordr", "row"], 2, "unrecognized arguments: --ordr row; --help lists the flags"),
+            (["--steps", "many"], 2, "argument --steps: invalid int value: 'many'; --help lists"),
+            (["--n-head", "7"], 2, "n_embd is 160, which 7 heads do not divide"),
+            (["--preset", "huge"], 2, "preset is 'huge'; choose one of demo, cifar10, paper"),
+            (["--condition", "sex"], 2, "condition is 'sex'; choose one of none, class, segmentation"),
+            (["--preset", "cifar10", "--condition", "pose"], 2, "cifar10 has no 'pose'; it has image, class"),
+            (["--condition-dropout", "1"], 2, "condition_dropout is 1.0; it must lie in [0, 1)"),
+            (["--data-dir", "mine"], 2, "--data-dir has no effect here: the scenes are drawn"),
+            (["--condition", "class", "--condition-vq", "x.pt"], 2, "--condition-vq has no effect here"),
+            (["--condition-dropout", "0.1"], 2, "--condition-dropout has no effect here: there is no condition"),
+            (["--data", "folder", "--data-dir", "mine"], 1,
+             f"was trained on {pictures}, not on mine: name it with --vq"),
+            ([*gpt, "--data-dir", "none"], 1, "none is no folder; name your"),
+            ([*gpt, "--vq", "none.pt"], 1, "none.pt does not exist; name a checkpoint.pt that train_vq.py"),
+            ([*gpt, "--vq", "bad.pt"], 1, "bad.pt is damaged, or holds more than"),
+            ([*gpt, "--vq", second_stage], 1, "checkpoint of train_gpt.py; name a checkpoint.pt that train"),
+            ([*gpt, "--condition", "depth", "--condition-vq", first_stage], 1, "a first stage of image in"),
+            ([*gpt, "--condition", "class"], 1, "is in no class folder"),
+            (here, 2, "already holds a run (4 of 4 steps done); add --resume"),
+            (["--resume", "--out", second_stage.parent, "--n-layer", "3"], 2, "n_layer is 3 but the run in")]:
+        code, _, errors = shell("train_gpt.py", flags, monkeypatch, capsys)
+        assert (code, errors.count("\n"), errors[:14]) == (status, 1, "train_gpt.py: "), (flags, errors)
+        assert sentence in errors, (sentence, errors)
+        assert not out.exists(), flags
