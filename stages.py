@@ -95,7 +95,8 @@ class FirstStage:
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes (B, h, w) → pictures to look at (B, 1 or 3, H, W), near [−1, 1]; masks in colours."""
-        return data.as_pictures(self.vq.decode(codes), self.field)
+        with run.autocast(codes.device):
+            return data.as_pictures(self.vq.decode(codes), self.field)
 
     def pyramid(self, codes: Tensor, scales: tuple[int, ...]) -> list[Tensor]:
         """codes (B, h, w) → grids coarse to fine, (B, s, s) for each s of the scales, then the codes; §3."""
@@ -313,9 +314,9 @@ class Prior:
         ValueError for a model of another order than row, or of several scales.
         """
         layout, h, w = self.layout, self.layout.height, self.layout.width
-        if layout.order != "row" or layout.scales:
-            raise ValueError(f"a larger size needs a model of one scale in the order row, not {layout.order} "
-                             f"with scales {layout.scales}")
+        if layout.order != "row" or layout.scales or height < h or width < w:
+            raise ValueError(f"{height}×{width} codes cannot be drawn: a window needs a model of one scale in "
+                             f"the order row, not {layout.order} with scales {layout.scales}, and {h}×{w} codes")
         grid = torch.zeros(count, height, width, dtype=torch.int64, device=self.device)
         for y in range(height):
             for x in range(width):
@@ -326,11 +327,9 @@ class Prior:
                 grid[:, y, x] = self.sample(count, part, known, sampling, generator, steps=1)[:, -1]
         return grid
 
-    @torch.no_grad()
     def pictures(self, tokens: Tensor) -> Tensor:
         """Image tokens (B, T) → the pictures of the finest grid, (B, C, H, W) float32 near [−1, 1]."""
-        with run.autocast(tokens.device):
-            return self.image.decode(self.layout.grids(tokens)[-1])
+        return self.image.decode(self.layout.grids(tokens)[-1])
 
     def rows(self, condition: Tensor, columns: int, sampling: Sampling, generator: torch.Generator) -> Tensor:
         """A row for each condition (R, …): a map itself at the left, then `columns` samples: (N, 3, H, W)."""
