@@ -103,14 +103,18 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
     return checkpoint
 
 
-def describe_data(config: Any, dataset, checkpoint: dict | None) -> dict[str, str]:
+def describe_data(config: Any, dataset, checkpoint: dict | None) -> dict:
     """What a data set is recognized by, for the checkpoint; compared with that of a run that goes on.
 
     A folder that was moved goes on silently, one with other pictures only in the same place, and says so.
-    Raises ValueError for other pictures elsewhere.
+    Raises ValueError for other pictures elsewhere, or other classes.
     """
-    known = {"data": config.data, "data_dir": config.data_dir, "digest": dataset.digest()}
+    known = {"data": config.data, "data_dir": config.data_dir, "digest": dataset.digest(),
+             "classes": list(dataset.classes)}
     before = checkpoint["trained_on"] if checkpoint else known
+    if known["classes"] != before["classes"]:
+        raise ValueError(f"{config.data_dir} has other classes than this run was trained with; start another "
+                         "with --out")
     if known["digest"] != before["digest"]:
         if known["data_dir"] != before["data_dir"]:
             raise ValueError(f"{config.data_dir} holds other pictures than {before['data_dir']}, on which "

@@ -319,7 +319,7 @@ def benchmark(config: SampleConfig, device: torch.device):
         layout = TokenLayout(codebook_size=1024, height=16, width=16)
         image = FirstStage(VQ(VQConfig()), "image", data.Preparation(256), {})
         gpt = GPT(GPTConfig(layout.vocab_size, layout.block_size)).to(device)
-        prior = Prior(gpt, layout, {"image": image}, (), {})
+        prior = Prior(gpt, layout, {"image": image}, {})
         image.vq.to(device)
     else:
         prior = Prior.load(config.checkpoint, device, config.n_head)

@@ -27,7 +27,7 @@ from vq import VQ, VQConfig
 class FirstStage:
     """A frozen autoencoder, the field of the data that it codes, and how its pictures were prepared."""
 
-    def __init__(self, vq: VQ, field: str, preparation: data.Preparation, trained_on: dict[str, str]):
+    def __init__(self, vq: VQ, field: str, preparation: data.Preparation, trained_on: dict):
         """`trained_on` names the data set, its folder and its digest; empty for the authors' files."""
         self.vq = vq.eval().requires_grad_(False)
         self.field, self.trained_on = field, trained_on
@@ -202,12 +202,10 @@ class Sampling:
 class Prior:
     """A GPT over code tokens with all that turns them into pictures. Samples under the run's autocast."""
 
-    def __init__(self, gpt: GPT, layout: TokenLayout, stages: Stages, classes: tuple[str, ...],
-                 trained_on: dict[str, str]):
-        """`stages` has "image" first, then the condition: a map's first stage, None for a class."""
-        self.gpt, self.layout, self.stages, self.classes = gpt, layout, stages, classes
-        self.trained_on = trained_on
-        self.image = stages["image"]
+    def __init__(self, gpt: GPT, layout: TokenLayout, stages: Stages, trained_on: dict):
+        """`trained_on` names the data set, its folder, digest and classes; empty for the authors' files."""
+        self.gpt, self.layout, self.stages, self.trained_on = gpt, layout, stages, trained_on
+        self.image, self.classes = stages["image"], trained_on.get("classes", [])
         self.condition = next((field for field in stages if field != "image"), None)
 
     @property
@@ -236,8 +234,7 @@ class Prior:
         gpt.load_state_dict(checkpoint["model"])
         stages = {field: state and FirstStage.from_state(state)
                   for field, state in checkpoint["stages"].items()}
-        return cls(gpt, TokenLayout(**checkpoint["layout"]), stages, tuple(checkpoint["classes"]),
-                   checkpoint["trained_on"])
+        return cls(gpt, TokenLayout(**checkpoint["layout"]), stages, checkpoint["trained_on"])
 
     @classmethod
     def from_taming(cls, path: str | Path, n_head: int) -> "Prior":
@@ -255,12 +252,12 @@ class Prior:
         gpt.head.weight = nn.Parameter(torch.cat([head, torch.zeros_like(head[:1])]))
         layout = TokenLayout(image.codebook_size, side, side, order)
         gpt.config = GPTConfig(**asdict(gpt.config) | {"vocab_size": layout.vocab_size})
-        return cls(gpt, layout, {"image": image}, (), {})
+        return cls(gpt, layout, {"image": image}, {})
 
     def state(self) -> dict:
         """Plain values and tensors, for a checkpoint."""
         return {"model_config": asdict(self.gpt.config), "model": self.gpt.state_dict(),
-                "layout": asdict(self.layout), "classes": self.classes, "trained_on": self.trained_on,
+                "layout": asdict(self.layout), "trained_on": self.trained_on,
                 "stages": {field: stage and stage.state() for field, stage in self.stages.items()}}
 
     def tokens(self, codes: dict[str, np.ndarray], index: list[int], dropout: float = 0.0) -> Tensor:

@@ -139,14 +139,14 @@ def main(argv: list[str] | None = None) -> Path:
 
     # The frozen first stages, and each picture's codes, which are computed once and cached.
     stages = open_stages(config, checkpoint, process)
-    training, validation, classes, trained_on = encode_pictures(config, stages, checkpoint, process)
-    layout = token_layout(config, stages, classes)
+    training, validation, trained_on = encode_pictures(config, stages, checkpoint, process)
+    layout = token_layout(config, stages, classes=len(trained_on["classes"]))
 
     # Seeded again: the weights must not depend on whether a first stage was trained just before.
     torch.manual_seed(config.seed)
     gpt = GPT(config.model(layout)).to(device)
     model = DistributedDataParallel(gpt) if world > 1 else gpt
-    prior = Prior(gpt, layout, stages, classes, trained_on)
+    prior = Prior(gpt, layout, stages, trained_on)
     optimizer = torch.optim.AdamW(parameter_groups(gpt, config.weight_decay), config.lr,
                                   betas=(config.beta1, config.beta2), fused=True)
     first_step = 0
@@ -240,11 +240,10 @@ def train_first_stage(config: TrainConfig, field: str, process: run.Process) -> 
 
 
 def encode_pictures(config: TrainConfig, stages: Stages, checkpoint: dict | None,
-                    process: run.Process) -> tuple[dict, dict, tuple[str, ...], dict]:
+                    process: run.Process) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
     """Codes of all training and validation pictures by field, (N, h, w) uint16 or labels (N,); see CodeCache.
 
-    Also the names of the classes, and what the data set is recognized by. Image and condition of a picture
-    are read together, so that crop and flip agree.
+    Also a description of the data set. Image and condition are read together: crop and flip agree.
     """
     image, condition = stages["image"], stages.get(config.condition)
     preparation = replace(image.preparation, fields=tuple(stages))
@@ -258,32 +257,27 @@ def encode_pictures(config: TrainConfig, stages: Stages, checkpoint: dict | None
     datasets = {split: data.open_dataset(config.data, config.data_dir, split, preparation)
                 for split in ("train", "val")}
     trained_on = describe_data(config, datasets["train"], checkpoint)
-    classes = datasets["train"].classes
-    if checkpoint and checkpoint["classes"] != classes:
-        raise ValueError(f"{config.data_dir} has other classes than this run was trained with; start another "
-                         "with --out")
     workers = data.worker_count(config.workers, config.data)
     training, validation = (cache.codes(split, dataset, stages, process, workers)
                             for split, dataset in datasets.items())
-    return training, validation, classes, trained_on
+    return training, validation, trained_on
 
 
-def token_layout(config: TrainConfig, stages: Stages, classes: tuple[str, ...]) -> TokenLayout:
+def token_layout(config: TrainConfig, stages: Stages, classes: int) -> TokenLayout:
     """The image's tokens behind the condition's; a null token where something must stand for no condition."""
     image, condition = stages["image"], stages.get(config.condition)
     scales = tuple(2**i for i in range(int(math.log2(image.side)) + 1) if 2**i < image.side)
     return TokenLayout(
         image.codebook_size, image.side, image.side, config.order, scales if config.multiscale else (),
-        condition.codebook_size if condition else len(classes),
+        condition.codebook_size if condition else classes,
         condition.side**2 if condition else int(config.condition == "class"),
         null_token=config.condition == "none" or config.condition_dropout > 0)
 
 
 def parameter_groups(gpt: GPT, weight_decay: float) -> list[dict]:
     """Weights of linear layers decay, the head's too; biases, norms and embeddings do not."""
-    linear = [module.weight for module in gpt.modules() if isinstance(module, nn.Linear)]
-    chosen = {id(weight) for weight in linear}
-    others = [parameter for parameter in gpt.parameters() if id(parameter) not in chosen]
+    linear = [x for name, x in gpt.named_parameters() if x.ndim == 2 and "embedding" not in name]
+    others = [x for name, x in gpt.named_parameters() if x.ndim != 2 or "embedding" in name]
     return [{"params": linear, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 

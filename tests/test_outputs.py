@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import train_gpt
+from helpers import ALONE
 from outputs import claim, describe_data, load_checkpoint, save_checkpoint, set_random_state
 
 DEMO = train_gpt.PRESETS["demo"]
@@ -98,6 +99,7 @@ def test_a_claimed_folder_keeps_the_log_up_to_its_checkpoint(tmp_path):
 
 
 class Pictures:
+    classes = ()
     def __init__(self, digest: str):
         self.digest = lambda: digest
 
@@ -108,7 +110,7 @@ def test_a_data_set_is_known_again_by_its_pictures_not_by_its_place(capsys):
         return describe_data(config, Pictures(digest), checkpoint)
 
     known = describe("here", "same", None)
-    assert known == {"data": "folder", "data_dir": "here", "digest": "same"}
+    assert known == {"data": "folder", "data_dir": "here", "digest": "same", "classes": []}
     checkpoint = {"trained_on": known}
     assert describe("here", "same", checkpoint) == known
     assert describe("moved", "same", checkpoint) == known | {"data_dir": "moved"}

@@ -42,7 +42,7 @@ def build(condition: str = "none", order: str = "row", scales: tuple = (), null_
     random = seeded(0)
     for weight in gpt.parameters():
         weight.data.normal_(std=0.5, generator=random)
-    return Prior(gpt, layout, {"image": image} | parts, ("a", "b", "c") if size == 3 else (), {})
+    return Prior(gpt, layout, {"image": image} | parts, {"classes": ["a", "b", "c"]} if size == 3 else {})
 
 
 def conditions(prior: Prior, count: int, height: int = 4, width: int = 4) -> Tensor | None:
@@ -334,7 +334,7 @@ def test_a_window_of_the_training_size_is_plain_sampling_and_larger_grids_see_th
         assert torch.equal(prior.sample_window(2, 6, 9, condition, Sampling(), seeded(5)), grid)
         assert len(grid.unique()) > 8
     for prior in (build(order="spiral"), build(scales=(2,))):
-        with pytest.raises(ValueError, match="a larger size needs a model of one scale in the order row"):
+        with pytest.raises(ValueError, match="needs a model of one scale in the order row"):
             prior.sample_window(1, 8, 8)
     with pytest.raises(ValueError, match="4×4"):  # the training size, below which there is no window
         build().sample_window(1, 3, 8)
