@@ -52,8 +52,8 @@ def random_weights(backbone: str) -> dict[str, Tensor]:
     return weights
 
 
-def slow_lpips(weights: dict[str, Tensor], backbone: str, a: Tensor, b: Tensor) -> float:
-    """LPIPS of two images (3, H, W) in float64, from its paper's formula."""
+def slow_lpips(weights: dict[str, Tensor], backbone: str, a: Tensor, b: Tensor) -> Tensor:
+    """LPIPS of two images (3, H, W), scalar, in float64, from its paper's formula."""
     mean, deviation = torch.tensor([.485, .456, .406]), torch.tensor([.229, .224, .225])
     heads = [weights[name].double().flatten() for name in sorted(weights) if name.startswith("lin")]
     convolutions = sorted({int(name.split(".")[1]) for name in weights if name.startswith("features.")})
@@ -64,7 +64,7 @@ def slow_lpips(weights: dict[str, Tensor], backbone: str, a: Tensor, b: Tensor) 
             x = F.max_pool2d(x, 2 if backbone == "vgg16" else 3, 2)
         elif layer == "tap":
             unit = x / x.square().sum(1, keepdim=True).sqrt()
-            total += float(torch.einsum("chw,c->hw", (unit[0] - unit[1]) ** 2, heads.pop(0)).mean())
+            total += torch.einsum("chw,c->hw", (unit[0] - unit[1]) ** 2, heads.pop(0)).mean()
         else:
             index = convolutions.pop(0)
             weight, bias = (weights[f"features.{index}.{part}"].double() for part in ("weight", "bias"))
@@ -98,23 +98,23 @@ def pictures(count: int = 2, size: int = 32, channels: int = 3) -> Tensor:
     return torch.rand(count, channels, size, size) * 2 - 1
 
 
-def all_equal(one: nn.Module, two: nn.Module, rtol: float = 0) -> bool:
-    return all(torch.allclose(a, b, rtol=rtol, atol=rtol)
-               for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
-
-
 # LPIPS
 
 
 @pytest.mark.parametrize("backbone, height, width, parameters", [
     ("vgg16", 33, 16, 14_716_160), ("alexnet", 40, 31, 2_470_848)])
-def test_lpips_is_its_formula_with_the_parameters_of_the_release(files, backbone, height, width, parameters):
+def test_lpips_and_its_gradient_are_its_formula_with_the_parameters_of_the_release(
+        files, backbone, height, width, parameters):
     loss = PerceptualLoss(str(files[backbone]), *([backbone] if backbone != "vgg16" else []))  # the default
     weights = torch.load(files[backbone], map_location="cpu", weights_only=True)
-    a, b = torch.rand(2, 2, 3, height, width) * 2 - 1
-    distances, slow = loss(a, b), [slow_lpips(weights, backbone, a[i], b[i]) for i in range(2)]
-    assert distances.shape == (2,) and distances.dtype == torch.float32
-    assert distances.tolist() == pytest.approx(slow, rel=1e-4) and min(slow) > 0.01
+    a, b = ((torch.rand(2, 3, height, width) * 2 - 1).requires_grad_() for _ in range(2))
+    distances = loss(a, b)
+    slow = torch.stack([slow_lpips(weights, backbone, *pair) for pair in zip(a, b)])  # (2,)
+    assert distances.dtype == torch.float32 and slow.min() > 0.01
+    torch.testing.assert_close(distances.double(), slow, rtol=1e-4, atol=0)
+    gradients = (torch.autograd.grad(x.sum(), (a, b)) for x in (distances, slow))
+    for gradient, expected in zip(*gradients):
+        assert (gradient - expected).norm() < 1e-2 * expected.norm()
     assert sum(weight.numel() for weight in loss.parameters()) == parameters
 
 
@@ -129,17 +129,9 @@ def test_lpips_is_a_fixed_metric_0_for_equal_images_and_of_grey_as_three_equal_c
     assert alexnet.train() is alexnet and not any(weight.requires_grad for weight in outer.parameters())
 
 
-def test_the_gradient_of_lpips_is_its_slope_for_both_images_and_finite_without_features(files, tmp_path):
-    loss = PerceptualLoss(files["alexnet"], "alexnet").double()
-    a, b = pictures(1, 31).double().requires_grad_(), pictures(1, 31).double().requires_grad_()
-    loss(a, b).sum().backward()
-    step = 1e-5 * torch.randn_like(a)
-    with torch.no_grad():
-        slopes = [(loss(a + step, b) - loss(a - step, b)).item(),
-                  (loss(a, b + step) - loss(a, b - step)).item()]
-    assert [2 * (image.grad * step).sum().item() for image in (a, b)] == pytest.approx(slopes, rel=1e-3)
-    dead = {name: torch.full_like(weight, -1.0) if name.endswith("bias") else torch.zeros_like(weight)
-            for name, weight in random_weights("alexnet").items()}  # every ReLU is 0, and its unit vector 0/0
+def test_where_no_feature_is_active_the_gradient_of_lpips_is_finite(tmp_path):
+    dead = {name: -1.0 * torch.ones_like(weight) if name.endswith("bias") else torch.zeros_like(weight)
+            for name, weight in random_weights("alexnet").items()}  # unit vectors are 0/0
     torch.save(dead, tmp_path / "dead.pth")
     images = pictures().requires_grad_()
     PerceptualLoss(tmp_path / "dead.pth", "alexnet")(images, pictures()).sum().backward()
@@ -224,16 +216,14 @@ def test_without_a_file_the_two_public_ones_are_downloaded_once_and_checked(back
     loss = PerceptualLoss("", backbone)
     assert torch.equal(loss.state_dict()["features.0.weight"], weights["features.0.weight"])
     cached = tmp_path / "hub" / "checkpoints" / downloads[1][2]
-    for damage in (b"", b"damage"):
+    for damage in (b"", b"damage"):  # the damaged one is fetched again
         cached.write_bytes(cached.read_bytes() + damage)
         PerceptualLoss("", backbone)
-    assert fetched == [*served, downloads[1][0]]  # each once, and the damaged one again
+    assert fetched == [*served, url]
     cached.unlink()
     served.clear()
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(FileNotFoundError, match=f"^{name} is not in .* from {url} .no route.: put it there"):
         PerceptualLoss("", backbone)
-    for part in (f"{cached.name} is not in {cached.parent}", "--perceptual-weights", downloads[1][0]):
-        assert part in str(caught.value) and "\n" not in str(caught.value)
 
 
 # The discriminator
@@ -288,14 +278,16 @@ def test_a_step_of_the_discriminator_is_adam_on_the_hinge_loss_of_two_separate_p
         numbers = opponent.train_step(images, fakes, lr)
         real, fake = network(images), network(fakes.detach())
         loss = (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()) / 2
+        expected = {"discriminator": loss.item(), "logits_real": real.mean().item(),
+                    "logits_fake": fake.mean().item()}
+        assert {name: value.item() for name, value in numbers.items()} == pytest.approx(expected, rel=1e-5)
         adam.param_groups[0]["lr"] = lr
         adam.zero_grad()
         loss.backward()
         adam.step()
-        expected = {"discriminator": loss.item(), "logits_real": real.mean().item(),
-                    "logits_fake": fake.mean().item()}
-        assert {name: value.item() for name, value in numbers.items()} == pytest.approx(expected, rel=1e-5)
-    assert all_equal(opponent.discriminator, network, 1e-5) and fakes.grad is None
+    assert fakes.grad is None
+    for name, weight in network.state_dict().items():
+        assert torch.allclose(opponent.discriminator.state_dict()[name], weight, rtol=1e-5, atol=1e-5), name
 
 
 def test_the_discriminator_trains_from_its_start_on_while_its_weight_grows_linearly():
@@ -315,9 +307,9 @@ def test_a_resumed_adversary_is_the_same_and_a_schedule_that_has_begun_is_kept()
         two = adversary(start=later, ramp=9)
         two.load_state_dict(copy.deepcopy(state), step)
         assert (two.start, two.ramp) == expected, (step, later)
-    for opponent in (one, two):
-        opponent.train_step(images, fakes, 0.01)
-    assert all_equal(one.discriminator, two.discriminator)
+    for _ in range(2):  # the second pass shows the first step
+        numbers = [opponent.train_step(images, fakes, 0.01)["logits_fake"] for opponent in (one, two)]
+        assert torch.equal(*numbers)
 
 
 # What the autoencoder minimizes
@@ -336,31 +328,22 @@ def test_the_adaptive_weight_is_the_ratio_of_the_gradients_norms():
 
 
 def test_image_loss_and_generator_loss_are_their_formulas_and_backpropagate_through_lpips_and_d_once(alexnet):
-    passes = []
-
-    class Counted(torch.autograd.Function):  # the identity, which notes each backward pass
-        @staticmethod
-        def forward(context, x, name):
-            context.name = name
-            return x.clone()
-
-        @staticmethod
-        def backward(context, gradient):
-            passes.append(context.name)
-            return gradient, None
-
-    opponent, last, images = adversary(start=2, ramp=4), nn.Conv2d(2, 3, 3, padding=1), pictures()
+    opponent, last, images, passes = adversary(start=2, ramp=4), nn.Conv2d(2, 3, 3, padding=1), pictures(), []
     network, fakes = copy.deepcopy(opponent.discriminator), last(torch.randn(2, 2, 32, 32))
     l1, lpips = (fakes - images).abs().mean(), alexnet.distance(images, fakes).mean()
-    g = -network(fakes).mean()
-    ratio = adaptive_weight(l1 + 2 * lpips, g, last.weight)
-    expected = l1 + 2 * lpips + 0.4 * ratio * g  # 0.4: the second of four steps to 0.8
+    ratio = adaptive_weight(l1 + 2 * lpips, -network(fakes).mean(), last.weight)
+    expected = l1 + 2 * lpips - 0.4 * ratio * network(fakes).mean()  # 0.4: the second of four steps to 0.8
     gradients = torch.autograd.grad(expected, (last.weight, last.bias), retain_graph=True)
 
-    counted, distance, forward = copy.copy(alexnet), alexnet.distance, opponent.discriminator.forward
-    counted.distance = lambda a, b: distance(a, Counted.apply(b, "lpips"))
-    opponent.discriminator.forward = lambda x: forward(Counted.apply(x, "discriminator"))
-    nll, parts = image_loss(images, fakes, counted, 2.0)
+    def counted(x, name):  # notes each backward pass
+        x = x.clone()
+        x.register_hook(lambda gradient: passes.append(name))
+        return x
+
+    perceptual, distance, forward = copy.copy(alexnet), alexnet.distance, opponent.discriminator.forward
+    perceptual.distance = lambda a, b: distance(a, counted(b, "lpips"))
+    opponent.discriminator.forward = lambda x: forward(counted(x, "discriminator"))
+    nll, parts = image_loss(images, fakes, perceptual, 2.0)
     generator_loss, adaptive = opponent.generator_loss(nll, fakes, last.weight, step=3)
     (nll + generator_loss).backward()
     assert passes == ["lpips", "discriminator"]
@@ -369,8 +352,8 @@ def test_image_loss_and_generator_loss_are_their_formulas_and_backpropagate_thro
     assert adaptive.item() == pytest.approx(ratio.item(), rel=1e-4)
     for weight, gradient in zip((last.weight, last.bias), gradients):
         assert torch.allclose(weight.grad, gradient, rtol=1e-4, atol=1e-6)
-    assert {name: part.item() for name, part in parts.items()} == pytest.approx(
-        {"l1": l1.item(), "perceptual": lpips.item()}, rel=1e-5)
+    numbers = {name: part.item() for name, part in parts.items()}
+    assert numbers == pytest.approx({"l1": l1.item(), "perceptual": lpips.item()}, rel=1e-5)
     for loss, weight in ((None, 1.0), (alexnet, 0.0)):  # neither measured
         nll, parts = image_loss(images, fakes, loss, weight)
         assert list(parts) == ["l1"] and nll.item() == pytest.approx(l1.item(), rel=1e-6)
@@ -378,10 +361,6 @@ def test_image_loss_and_generator_loss_are_their_formulas_and_backpropagate_thro
 
 def test_two_processes_with_the_same_images_have_the_numbers_of_one(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))  # as if
-    weight = torch.tensor([3.0, 4.0], requires_grad=True)
-    nll, generator_loss = (weight**2).sum() / 100, 1e-4 * weight[0]  # so small that the 1e-4 counts
-    one, two = (adaptive_weight(nll, generator_loss, weight, world).item() for world in (1, 2))
-    assert one == pytest.approx(two, rel=1e-6)
     alone, together, fakes = adversary(), adversary(world=2), pictures(2, 8, 3).requires_grad_()
     together.load_state_dict(copy.deepcopy(alone.state_dict()), step=0)
     factors = [opponent.generator_loss(fakes.sum() / 1e6, fakes, fakes, 1)[1].item()

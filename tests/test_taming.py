@@ -31,8 +31,7 @@ from vq import VQ, VQConfig
 # What their network computes, with weights w by their names
 
 
-class Sizes(NamedTuple):
-    """Of a VQModel: their ch, ch_mult, num_res_blocks, n_embed, embed_dim and in_channels."""
+class Sizes(NamedTuple):  # of a VQModel: their ch, ch_mult, num_res_blocks, n_embed, embed_dim, in_channels
     base: int = 32
     multipliers: tuple = (1, 2)
     blocks: int = 1
@@ -47,8 +46,12 @@ class Recorder(dict):
 
 def parameters(w, name, *shape):
     if isinstance(w, Recorder):
-        w |= {f"{name}.weight": torch.empty(shape, device="meta"), f"{name}.bias": torch.empty(shape[0], device="meta")}
+        w |= {f"{name}.weight": empty(*shape), f"{name}.bias": empty(shape[0])}
     return w[f"{name}.weight"], w[f"{name}.bias"]
+
+
+def empty(*shape):
+    return torch.empty(shape, device="meta")
 
 
 def conv(w, name, x, out, size=3, **options):
@@ -103,7 +106,7 @@ def theirs_encode(w, images, sizes=Sizes()):
     x = activated(w, "encoder.norm_out", theirs_middle(w, "encoder.mid", x))
     x = conv(w, "encoder.conv_out", x, sizes.width, padding=1)
     latents = conv(w, "quant_conv", x, sizes.width, 1)
-    codebook = w.setdefault("quantize.embedding.weight", torch.empty(sizes.codes, sizes.width, device="meta"))
+    codebook = w.setdefault("quantize.embedding.weight", empty(sizes.codes, sizes.width))
     distance = torch.cdist(latents.flatten(2).transpose(1, 2), codebook[None])
     return latents, distance.argmin(2).view(len(latents), *latents.shape[2:])
 
@@ -125,25 +128,24 @@ def theirs_decode(w, codes, sizes=Sizes()):
 
 def theirs_logits(w, tokens, layers, heads):
     """Logits (B, T, V) of tokens (B, T)."""
-    T = tokens.shape[1]
-
-    def linear(name, x):
-        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    def linear(name, x, out=None):
+        return F.linear(x, *parameters(w, name, out or x.shape[2], x.shape[2]))
 
     def layer_norm(name, x):
-        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-5)
+        return F.layer_norm(x, x.shape[2:], *parameters(w, name, x.shape[2]), eps=1e-5)
 
+    T = tokens.shape[1]
     x = w["tok_emb.weight"][tokens] + w["pos_emb"][:, :T]
+    future = torch.ones(T, T, device=x.device).triu(1).bool()
     for layer in range(layers):
         y, mixed = layer_norm(f"blocks.{layer}.ln1", x), []
         q, k, v = (linear(f"blocks.{layer}.attn.{name}", y) for name in ("query", "key", "value"))
         for part in torch.arange(x.shape[2]).chunk(heads):  # head after head
             scores = q[..., part] @ k[..., part].transpose(1, 2) / len(part)**0.5
-            scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
-            mixed.append(scores.softmax(2) @ v[..., part])
+            mixed.append(scores.masked_fill(future, -torch.inf).softmax(2) @ v[..., part])
         x = x + linear(f"blocks.{layer}.attn.proj", torch.cat(mixed, 2))
-        y = linear(f"blocks.{layer}.mlp.0", layer_norm(f"blocks.{layer}.ln2", x))
-        x = x + linear(f"blocks.{layer}.mlp.2", y * (1 + torch.erf(y / 2**0.5)) / 2)
+        y = linear(f"blocks.{layer}.mlp.0", layer_norm(f"blocks.{layer}.ln2", x), 4 * x.shape[2])
+        x = x + linear(f"blocks.{layer}.mlp.2", y * (1 + torch.erf(y / 2**0.5)) / 2, x.shape[2])
     return layer_norm("ln_f", x) @ w["head.weight"].T
 
 
@@ -153,21 +155,17 @@ def theirs_logits(w, tokens, layers, heads):
 def vq_shapes(sizes: Sizes = Sizes()) -> dict:
     """The names and shapes of a VQModel's state_dict, without its losses."""
     w, side = Recorder(), 2 ** len(sizes.multipliers)
-    _, codes = theirs_encode(w, torch.empty(1, sizes.channels, side, side, device="meta"), sizes)
+    _, codes = theirs_encode(w, empty(1, sizes.channels, side, side), sizes)
     theirs_decode(w, codes, sizes)
     return {key: tuple(weight.shape) for key, weight in w.items()}
 
 
 def gpt_shapes(layers: int = 2, width: int = 128, vocabulary: int = 20, positions: int = 16) -> dict:
     """The names and shapes of their GPT's state_dict, without its masks."""
-    shapes = {"pos_emb": (1, positions, width), "tok_emb.weight": (vocabulary, width),
-              "head.weight": (vocabulary, width), "ln_f.weight": (width,), "ln_f.bias": (width,)}
-    inner = {f"attn.{name}": (width, width) for name in ("key", "query", "value", "proj")}
-    inner |= {"mlp.0": (4 * width, width), "mlp.2": (width, 4 * width), "ln1": (width,), "ln2": (width,)}
-    for layer in range(layers):
-        for name, shape in inner.items():
-            shapes |= {f"blocks.{layer}.{name}.weight": shape, f"blocks.{layer}.{name}.bias": shape[:1]}
-    return shapes
+    w = Recorder({"tok_emb.weight": empty(vocabulary, width), "pos_emb": empty(1, positions, width),
+                  "head.weight": empty(vocabulary, width)})
+    theirs_logits(w, empty(1, positions).long(), layers, heads=1)
+    return {key: tuple(weight.shape) for key, weight in w.items()}
 
 
 def random_weights(shapes: dict, seed: int = 0) -> dict[str, Tensor]:
@@ -291,20 +289,17 @@ def replace_read(monkeypatch, weights: dict):
     monkeypatch.setattr(taming, "read", lambda path: dict(weights))
 
 
-def without_values(shapes: dict) -> dict[str, Tensor]:
-    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-
-
 def test_the_sizes_of_the_released_models_are_read_off_the_shapes(monkeypatch):
     f8 = VQConfig(channel_multipliers="1,2,2,4", codebook_size=16384, code_width=4)
     for sizes, others, config in ((PAPER, {}, VQConfig()), (Sizes(128, (1, 2, 2, 4), 2, 16384, 4), {}, f8),
                                   (PAPER._replace(channels=182), {"colorize": (3, 182, 1, 1)},
                                    VQConfig(image_channels=182))):
-        replace_read(monkeypatch, without_values(vq_shapes(sizes) | others))
+        replace_read(monkeypatch, {key: empty(*shape) for key, shape in (vq_shapes(sizes) | others).items()})
         assert VQConfig(**taming.vq_sizes("")) == config
     for layers, width, heads in ((24, 1024, 16), (12, 768, 12), (48, 1536, 24),  # 64 wide
                                  (24, 1664, 16), (36, 1536, 16), (40, 1408, 16)):  # FFHQ, CelebA-HQ, scenes
-        replace_read(monkeypatch, without_values(gpt_shapes(layers, width, 1024, positions=512)))
+        shapes = gpt_shapes(layers, width, 1024, positions=512)
+        replace_read(monkeypatch, {key: empty(*shape) for key, shape in shapes.items()})
         config = GPTConfig(**taming.gpt_sizes(""))
         sizes = (config.vocab_size, config.block_size, config.n_layer, config.n_embd, config.n_head)
         assert sizes == (1024, 512, layers, width, heads)
@@ -336,7 +331,7 @@ def load_gpt(path="x.ckpt"):
 
 @pytest.mark.parametrize("load, prefix, shapes", [
     (load_vq, "first_stage_model.", vq_shapes()), (load_gpt, "transformer.", gpt_shapes(1, 64))])
-def test_every_weight_is_needed_finite_and_of_its_shape_and_no_other_passes(load, prefix, shapes, monkeypatch):
+def test_every_weight_is_needed_finite_and_of_its_shape_and_no_other(monkeypatch, load, prefix, shapes):
     weights = {prefix + key: torch.zeros(shape) for key, shape in shapes.items()}
     replace_read(monkeypatch, weights)
     load()
@@ -383,18 +378,15 @@ def test_a_network_unlike_ours_is_refused_with_one_sentence(monkeypatch, load, c
 def archive(path: Path, pickled: bytes) -> Path:
     """A file as torch.save writes it, around any pickle."""
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr("archive/data.pkl", pickled)
-        file.writestr("archive/byteorder", "little")
-        file.writestr("archive/version", "3\n")
+        for name, content in (("data.pkl", pickled), ("byteorder", "little"), ("version", "3\n")):
+            file.writestr(f"archive/{name}", content)
     return path
 
 
 def call(module: str, name: str, argument: str) -> bytes:
     """The pickle of {"state_dict": module.name(argument)}, protocol 2."""
-    def text(value):
-        return b"X" + len(value).to_bytes(4, "little") + value.encode()
-    return (b"\x80\x02}" + text("state_dict") + f"c{module}\n{name}\n".encode() + text(argument)
-            + b"\x85Rs.")
+    key, value = (pickle.dumps(text, 2)[2:-1] for text in ("state_dict", argument))
+    return b"\x80\x02}" + key + f"c{module}\n{name}\n".encode() + value + b"\x85Rs."
 
 
 @pytest.mark.parametrize("module, name", [
@@ -408,19 +400,14 @@ def test_a_file_that_imports_anything_else_is_refused_by_name_and_runs_nothing(t
     for model in (VQ, GPT):
         with pytest.raises(ValueError, match=f"was not opened: it imports {real}.{name}, which"):
             model.from_taming(path)
+    for allowed in ("pytorch_lightning.os", "collections.os", "numpy.testing"):  # where they lead is not looked at
+        archive(path, call(allowed, name, f"touch {ran}"))
+        with pytest.raises(ValueError, match='has no "state_dict"'):
+            VQ.from_taming(path)
     assert not (tmp_path / "ran").exists()
     if name == "system":  # the file would run if it were trusted
         pickle.loads(pickled)
         assert (tmp_path / "ran").exists()
-
-
-def test_an_allowed_name_runs_nothing_even_where_it_leads_to_code(tmp_path):
-    for module, name in (("pytorch_lightning.os", "system"), ("collections.os", "system"),
-                         ("argparse", "_os.system"), ("numpy.testing", "runstring"), ("pathlib", "os.mkdir")):
-        path = archive(tmp_path / "evil.ckpt", call(module, name, f"touch {tmp_path / 'ran'}"))
-        with pytest.raises(ValueError, match='has no "state_dict"'):
-            VQ.from_taming(path)
-    assert not (tmp_path / "ran").exists()
 
 
 def test_objects_that_are_no_plain_weights_are_refused_whatever_they_pretend(tmp_path):
@@ -438,30 +425,19 @@ def test_objects_that_are_no_plain_weights_are_refused_whatever_they_pretend(tmp
 
 def test_the_trainers_objects_are_skipped_without_the_trainer(tmp_path, monkeypatch):
     """As pickle writes them: classes, calls, new objects with items, attributes, slots or another state."""
-    class ModelCheckpoint:
-        def __getstate__(self):
-            return (1, "two", None)
-
-    class AttributeDict(dict):
-        pass
-
-    class Slots:
-        __slots__ = ("a",)
-
-    class Called:
-        def __reduce__(self):
-            return (Called, (1, [2]), {"a": 3})
-
     name = "pytorch_lightning"
-    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    for trainers in (ModelCheckpoint, AttributeDict, Slots, Called):
-        trainers.__module__, trainers.__qualname__ = name, trainers.__name__
-        setattr(sys.modules[name], trainers.__name__, trainers)
-    slots, attributes = Slots(), AttributeDict(lr=1.0, nested=AttributeDict(a=1))
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    for trainers, base, attributes in (
+            ("ModelCheckpoint", object, {"__getstate__": lambda self: (1, "two", None)}),
+            ("AttributeDict", dict, {}), ("Slots", object, {"__slots__": ("a",)}),
+            ("Called", object, {"__reduce__": lambda self: (module.Called, (1, [2]), {"a": 3})})):
+        setattr(module, trainers, type(trainers, (base,), attributes | {"__module__": name}))
+    slots, attributes = module.Slots(), module.AttributeDict(lr=1.0, nested=module.AttributeDict(a=1))
     slots.a, attributes.note = 5, "an attribute beside the items"
     others = {
-        "callbacks": {ModelCheckpoint: {"best": torch.tensor(1.0), "path": Path("a/b.ckpt")}},
-        "objects": [ModelCheckpoint(), slots, Called(), argparse.Namespace(lr=0.1)],
+        "callbacks": {module.ModelCheckpoint: {"best": torch.tensor(1.0), "path": Path("a/b.ckpt")}},
+        "objects": [module.ModelCheckpoint(), slots, module.Called(), argparse.Namespace(lr=0.1)],
         "hyper_parameters": attributes, "counts": collections.defaultdict(list, {"a": [1]}),
         "numbers": [np.float64(2.5), np.dtype("float32"), np.arange(3)], "bytes": b"abc", "set": {1, 2},
         "time": datetime.datetime(2020, 11, 9), "big": 2**80, "type": dict, "none": None,
@@ -496,13 +472,10 @@ def test_files_that_are_damaged_or_of_another_kind_are_refused_with_one_sentence
         with pytest.raises(ValueError, match=rf"^\S+/{i}.ckpt is damaged, or was not written by torch.save"):
             VQ.from_taming(path)
         assert not taming.recognizes(path)
-    for content in ([1, 2], {"model": 1}, {"state_dict": {}}, {"state_dict": [1]}):
+    for content in ([1, 2], {"model": 1}, {"state_dict": {}}, {"state_dict": [1]}, {"state_dict": {"a": 1}},
+                    {"state_dict": {3: torch.zeros(1)}}):
         torch.save(content, tmp_path / "x.ckpt")
-        with pytest.raises(ValueError, match='x.ckpt has no "state_dict": it is not a file of taming-tran'):
-            GPT.from_taming(tmp_path / "x.ckpt")
-    for content in ({"a": 1}, {3: torch.zeros(1)}):
-        torch.save({"state_dict": content}, tmp_path / "x.ckpt")
-        with pytest.raises(ValueError, match="in its state_dict, which is not a tensor with a name"):
+        with pytest.raises(ValueError, match='x.ckpt has no "state_dict"|which is not a tensor with a name'):
             GPT.from_taming(tmp_path / "x.ckpt")
     with pytest.raises(FileNotFoundError, match="none.ckpt does not exist"):
         VQ.from_taming(tmp_path / "none.ckpt")
@@ -547,7 +520,8 @@ def test_an_unconditional_file_is_sampled_in_its_order_as_theirs_samples(tmp_pat
         p = ORDERINGS[order](4, 4)
         states |= {"permuter.forward_shuffle_idx": p, "permuter.backward_shuffle_idx": p.argsort()}
     path, out = write(tmp_path / "checkpoint.pt", states), tmp_path / "samples"
-    sample.main(["--checkpoint", str(path), "--out", f"{out}/", "--count", "2", "--top-k", "1", "--device", "cpu"])
+    flags = ["--out", f"{out}/", "--count", "2", "--top-k", "1", "--device", "cpu"]
+    sample.main(["--checkpoint", str(path), *flags])
     gpt, vq = ({key.removeprefix(group): weight for key, weight in states.items()}
                for group in ("transformer.", "first_stage_model."))
     tokens, codes = torch.zeros(1, 1).long(), torch.zeros(1, 16).long()
