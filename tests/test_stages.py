@@ -137,7 +137,7 @@ class Numbers:
 
 
 class Encoder:
-    """Stands for a first stage: codes are the upper left quarter of the picture times 250; counts pictures."""
+    """Stands for a first stage: codes are the upper left quarter of a picture times 250; counts them."""
 
     side = 2
 
