@@ -120,8 +120,8 @@ class TrainConfig:
 PRESETS = {
     "demo": TrainConfig(  # 2 CPU cores: 2 minutes, 4 with a map as condition, and 1 for each first stage
         preset="demo", data="scenes", data_dir="data", n_layer=4, n_head=4, n_embd=160, gelu="none",
-        steps=2600, batch_size=16, lr=2e-3, weight_decay=0.1, clip=1.0, warmup_steps=100, decay=True,
-        eval_every=1300, checkpoint_every=650),
+        steps=2300, batch_size=16, lr=2e-3, weight_decay=0.1, clip=1.0, warmup_steps=100, decay=True,
+        eval_every=1150, checkpoint_every=575),
     "cifar10": TrainConfig(
         preset="cifar10", data="cifar10", data_dir="data", views=2, n_layer=12, n_head=8, n_embd=256,
         dropout=0.1, gelu="none", steps=40_000, batch_size=128, lr=1e-3, weight_decay=0.1, clip=1.0,

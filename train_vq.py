@@ -139,7 +139,7 @@ PRESETS = {
         preset="demo", data="scenes", data_dir="data", image_size=32, upscale=False, base_channels=16,
         channel_multipliers="1,2,4", residual_blocks=1, codebook_size=256, code_width=32, restart_every=25,
         perceptual="none", discriminator_weight=0.0, steps=1100, batch_size=8, lr=1e-3, beta1=0.9, beta2=0.99,
-        warmup_steps=50, decay=True, log_every=50, eval_every=500, checkpoint_every=250),
+        warmup_steps=50, decay=True, eval_every=550, checkpoint_every=275),
     "cifar10": TrainConfig(  # §2, "we only downsample once": 32×32 → 16×16 of 1,024 codes
         preset="cifar10", data="cifar10", data_dir="data", image_size=32, flip=True, upscale=False,
         base_channels=64, channel_multipliers="1,2", perceptual="none", discriminator_weight=0.0,
