@@ -7,7 +7,7 @@ Triton's own interpreter runs a kernel on the CPU, but forgives what a GPU does 
   * fills masked lanes of a load that gives no `other` with NaN, a large negative and a large positive number;
   * turns an int32 overflow into an AssertionError (triton's own sanitizer, switched on);
   * rounds to bfloat16 as hardware does, multiplies real bfloat16 numbers, refuses other arithmetic on them;
-  * drops the bits that TF32 drops where `input_precision="tf32"` is asked for;
+  * drops the bits that TF32 drops where `input_precision="tf32"` is asked for, and sums a dot in float64;
   * wants 16 numbers or more to be summed in `tl.dot`, as the compiler does;
   * runs the programs of the grid in random order, or only some: `strict(only=lambda programs: {0})`.
 
@@ -193,8 +193,9 @@ def exact_dot(builder, x, y, accumulator, precision, *rest):
     left, right = numbers(x), numbers(y)
     if x.dtype.scalar == tl.float32 and precision == interpreter._ir.INPUT_PRECISION.TF32:
         left, right = tf32_from_float(left), tf32_from_float(right)
-    total = (np.matmul(left, right) + accumulator.data).astype(accumulator.data.dtype)
-    return interpreter.TensorHandle(total, accumulator.dtype.scalar)
+    # In float64, for a BLAS may sum the same numbers in another order where they stand in another column.
+    total = np.matmul(left.astype(np.float64), right.astype(np.float64)) + accumulator.data
+    return interpreter.TensorHandle(total.astype(accumulator.data.dtype), accumulator.dtype.scalar)
 
 
 def refusing_arithmetic(builder, left, right, operation):
