@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +95,7 @@ def flag(name: str) -> str:
     return "--" + name.rstrip("_").replace("_", "-")
 
 
-def check_choice(name: str, value: str, choices):
+def check_choice(name: str, value: str, choices: Iterable[str]):
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
@@ -114,12 +114,6 @@ def check_training(config: Any):
     for name, end in (("beta1", 1), ("beta2", 1), ("lr", math.inf), ("seed", 2**63)):
         if not 0 <= getattr(config, name) < end:
             raise ValueError(f"{name} is {getattr(config, name)}; it must lie in [0, {end})")
-
-
-def check_shared_evenly(batch_size: int, world: int):
-    if batch_size % world:
-        raise UsageError(f"batch_size is {batch_size}, which cannot be shared evenly by {world} processes; "
-                         f"choose a multiple of {world}")
 
 
 def learning_rate(config: Any, step: int) -> float:
@@ -175,26 +169,28 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def start(device: str, seed: int) -> Process:
-    """Choose the device ("auto": a GPU if any), join torchrun's other processes, seed. Raises ValueError."""
+def start(config: Any) -> Process:
+    """Choose the device ("auto": a GPU if any), join torchrun's other processes, seed. Raises UsageError."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = config.device
+    if config.batch_size % world:
+        raise UsageError(f"batch_size is {config.batch_size}, which cannot be shared evenly by {world} "
+                         f"processes; choose a multiple of {world}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device is {device!r}, which torch cannot use here ({str(error).splitlines()[0]}); "
                          "try --device cpu") from None
     device = torch.device(device)
-    if device.type not in ("cpu", "cuda", "mps", "xpu"):
-        raise UsageError(f"device is {device.type!r}, which cannot train; try --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    torch.manual_seed(seed)
+    torch.manual_seed(config.seed)
     return Process(device, rank, world)
 
 

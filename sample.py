@@ -119,7 +119,7 @@ class Row(NamedTuple):
 def main(argv: list[str] | None = None):
     """Sample as the command line says."""
     config, _ = run.configure(PRESETS, argv)
-    device = run.start(config.device, config.seed).device
+    device = run.start(config).device
     if config.benchmark:
         return benchmark(config, device)
     prior = Prior.load(config.checkpoint, device, config.n_head)

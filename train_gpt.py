@@ -133,9 +133,8 @@ PRESETS = {
 def main(argv: list[str] | None = None) -> Path:
     """Train as the command line says; returns the path of the checkpoint."""
     config, checkpoint = run.configure(PRESETS, argv)
-    process = run.start(config.device, config.seed)
+    process = run.start(config)
     device, rank, world = process
-    run.check_shared_evenly(config.batch_size, world)
 
     # The frozen first stages, and each picture's codes, which are computed once and cached.
     stages = open_stages(config, checkpoint, process)
@@ -283,16 +282,15 @@ def parameter_groups(gpt: GPT, weight_decay: float) -> list[dict]:
 
 def describe(config: TrainConfig, prior: Prior, training: dict, validation: dict, device: torch.device):
     """The first lines on screen: sizes, and the baselines that a loss is to be compared with."""
-    layout, K = prior.layout, prior.layout.codebook_size
-    parameters = sum(weight.numel() for weight in prior.gpt.parameters())
+    layout, parameters = prior.layout, sum(weight.numel() for weight in prior.gpt.parameters())
     sizes = " + ".join(f"{h}×{w}" for h, w in layout.sizes)
     condition = f"{layout.condition_length} tokens of {config.condition} before " if prior.condition else ""
-    unigram = entropy(torch.from_numpy(np.bincount(validation["image"].flatten(), minlength=K)))
+    unigram = entropy(torch.from_numpy(np.bincount(validation["image"].flatten())))
     print(f"second stage: {len(training['image']):,} training and {len(validation['image']):,} validation "
           f"pictures · {condition}{sizes} codes in the order {config.order} · {layout.vocab_size:,} tokens, "
-          f"{layout.block_size} positions, {parameters:,} parameters · {device} · {config.folder}\n"
-          f"baselines: {math.log(K):.3f} nats/token for a uniform guess, {unigram:.3f} for the frequency of "
-          "each code", flush=True)
+          f"{layout.block_size} positions, {parameters:,} parameters · {device} · {config.folder}\nbaselines: "
+          f"{math.log(layout.codebook_size):.3f} nats/token for a uniform guess, {unigram:.3f} for the "
+          "frequency of each code", flush=True)
 
 
 @torch.no_grad()

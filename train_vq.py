@@ -152,9 +152,8 @@ PRESETS = {
 def main(argv: list[str] | None = None) -> Path:
     """Train as the command line says; returns the path of the checkpoint."""
     config, checkpoint = run.configure(PRESETS, argv)
-    process = run.start(config.device, config.seed)
+    process = run.start(config)
     device, rank, world = process
-    run.check_shared_evenly(config.batch_size, world)
 
     # The pictures, masks, depth maps or poses to be coded.
     preparation = data.Preparation(config.image_size, (config.target,), config.flip, config.upscale,

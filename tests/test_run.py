@@ -53,21 +53,22 @@ def test_values_that_no_run_can_have_are_refused():
                         ("lr", math.inf), ("lr", math.nan), ("beta1", 1.0), ("beta2", -0.1), ("workers", -2)]:
         with pytest.raises(ValueError, match=f"^{name} is {value}; it must"):
             dataclasses.replace(DEMO, **{name: value})
-    run.check_shared_evenly(6, 3)
-    with pytest.raises(run.UsageError, match="6, which cannot be shared evenly by 4"):
-        run.check_shared_evenly(6, 4)
 
 
-def test_a_device_that_cannot_train_is_refused():
+def test_a_device_that_cannot_train_is_refused_and_a_batch_that_cannot_be_shared(monkeypatch):
     for device in ("tpu9", "meta"):
         with pytest.raises(run.UsageError, match=f"device is '{device}'"):
-            run.start(device, 0)
-    assert run.start("cpu", 5) == ALONE
+            run.start(dataclasses.replace(DEMO, device=device))
+    config = dataclasses.replace(DEMO, device="cpu", seed=5)
+    assert run.start(config) == ALONE
     drawn = torch.rand(3)
-    run.start("cpu", 5)
+    run.start(config)
     assert torch.equal(torch.rand(3), drawn)  # seeded
     with run.autocast(torch.device("cpu")):
         assert not torch.is_autocast_enabled("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(run.UsageError, match="batch_size is 16, which cannot be shared evenly by 3"):
+        run.start(config)
 
 
 def test_numbers_are_printed_with_units():
