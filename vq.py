@@ -220,13 +220,12 @@ class Quantizer(nn.Module):
         the second the encoder. `quantized` passes its gradient straight through to `latents`.
         """
         B, D, h, w = latents.shape
-        with torch.autocast(latents.device.type, enabled=False):
-            vectors = as_vectors(latents.float())  # (N, D)
-            codes = nearest_code(vectors, self.codebook)  # (N,)
-            chosen = self.codebook[codes]  # (N, D)
-            loss = (F.mse_loss(chosen, vectors.detach())
-                    + self.commitment_weight * F.mse_loss(vectors, chosen.detach()))
-            quantized = vectors + (chosen - vectors).detach()  # value of `chosen`, gradient of `vectors`
+        vectors = as_vectors(latents.float())  # (N, D)
+        codes = nearest_code(vectors, self.codebook)  # (N,)
+        chosen = self.codebook[codes]  # (N, D)
+        loss = (F.mse_loss(chosen, vectors.detach())
+                + self.commitment_weight * F.mse_loss(vectors, chosen.detach()))
+        quantized = vectors + (chosen - vectors).detach()  # value of `chosen`, gradient of `vectors`
         return quantized.view(B, h, w, D).permute(0, 3, 1, 2), codes.view(B, h, w), loss
 
     @torch.no_grad()

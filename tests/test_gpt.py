@@ -1,8 +1,8 @@
 """Claims about gpt.py.
 
-Oracles: logits of Hugging Face transformers 5.23.0 (GPT2LMHeadModel) with the same weights; the parameter count
-of §A.1; slow loops for top-k, top-p, guidance and sampling; the uncached forward for the cached one. Sequences
-of different lengths are compared to rounding, because torch's attention may sum them in another order.
+Oracles: logits of Hugging Face transformers 5.23.0 (GPT2LMHeadModel) with the same weights; the parameter
+count of §A.1; slow loops for top-k, top-p, guidance and sampling; the uncached forward for the cached one.
+Different lengths are compared to rounding, because torch's attention may sum them in another order.
 
 The logits of transformers were computed in float64 with torch 2.13.0 by
 
