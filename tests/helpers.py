@@ -1,18 +1,25 @@
-"""What the tests of the scripts share: flags of tiny runs, the shell's view of a script, and bit equality."""
+"""What the tests share: flags of tiny runs, the shell's view of a script, bit equality, random networks."""
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import data
 import run
 import sample
+import scenes
 import train_gpt
 import train_vq
+from gpt import GPT, GPTConfig
+from orderings import TokenLayout
+from stages import FirstStage, Prior
+from vq import VQ, VQConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train_vq.py": train_vq, "train_gpt.py": train_gpt, "sample.py": sample}
 ALONE = run.Process(torch.device("cpu"), 0, 1)
+SCENES = {"data": "scenes", "data_dir": "data", "digest": ""}
 # 16×16 pixels ↔ 8×8 of 16 codes.
 NETWORK = ("--image-size 16 --base-channels 8 --channel-multipliers 1,2 --codebook-size 16 --code-width 4 "
            "--batch-size 4 --log-every 1 --eval-every 20 --workers 0 --device cpu").split()
@@ -53,3 +60,30 @@ def shell(script: str, flags: list, monkeypatch, capsys) -> tuple[int, str, str]
         run.command_line(SCRIPTS[script].main)
     out, err = capsys.readouterr()
     return ending.value.code, out, err
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def first_stage_of(field: str) -> FirstStage:
+    """Of 8×8 pixels and 4×4 of 16 codes, with random weights."""
+    torch.manual_seed(1)
+    channels = {"segmentation": 8, "depth": 1}.get(field, 3)
+    vq = VQ(VQConfig(channels, 8, "1,2", 1, codebook_size=16, code_width=4))
+    return FirstStage(vq, field, data.Preparation(8, (field,)), SCENES)
+
+
+def build(condition: str = "none", order: str = "row", scales: tuple = (), null_token: bool = True) -> Prior:
+    """A prior with random weights, so large that each token depends on all before it."""
+    image = first_stage_of("image")
+    stage = first_stage_of(condition) if condition not in ("none", "class") else None
+    parts = {} if condition == "none" else {condition: stage}
+    size, length = {"none": (0, 0), "class": (4, 1)}.get(condition, (16, 16))
+    layout = TokenLayout(16, 4, 4, order, scales, size, length, null_token)
+    gpt = GPT(GPTConfig(layout.vocab_size, layout.block_size, 2, 2, 16)).double()
+    random = seeded(0)
+    for weight in gpt.parameters():
+        weight.data.normal_(std=0.5, generator=random)
+    classes = list(scenes.CLASSES) if condition == "class" else []
+    return Prior(gpt, layout, {"image": image} | parts, SCENES | {"classes": classes})

@@ -14,40 +14,16 @@ from torch import Tensor
 
 import data
 import run
-from gpt import GPT, GPTConfig
-from helpers import ALONE
+from gpt import GPT
+from helpers import ALONE, build, first_stage_of, seeded
 from orderings import ORDERINGS, TokenLayout
 from stages import CodeCache, FirstStage, Prior, Sampling
 from vq import VQ, VQConfig
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def first_stage_of(field: str, side: int = 4) -> FirstStage:
-    torch.manual_seed(1)
-    channels = {"segmentation": 5, "depth": 1}.get(field, 3)
-    vq = VQ(VQConfig(channels, 8, "1,2", 1, codebook_size=16, code_width=4))
-    return FirstStage(vq, field, data.Preparation(2 * side, (field,)), {"data": "scenes", "data_dir": "data"})
-
-
-def build(condition: str = "none", order: str = "row", scales: tuple = (), null_token: bool = True) -> Prior:
-    """A prior with random weights, so large that each token depends on all before it."""
-    image = first_stage_of("image")
-    parts = {"none": {}, "class": {"class": None}, "depth": {"depth": first_stage_of("depth")}}[condition]
-    size, length = {"none": (0, 0), "class": (3, 1), "depth": (16, 16)}[condition]
-    layout = TokenLayout(16, 4, 4, order, scales, size, length, null_token)
-    gpt = GPT(GPTConfig(layout.vocab_size, layout.block_size, 2, 2, 16)).double()
-    random = seeded(0)
-    for weight in gpt.parameters():
-        weight.data.normal_(std=0.5, generator=random)
-    return Prior(gpt, layout, {"image": image} | parts, {"classes": ["a", "b", "c"]} if size == 3 else {})
-
-
 def conditions(prior: Prior, count: int, height: int = 4, width: int = 4) -> Tensor | None:
     if prior.condition == "class":
-        return torch.arange(count) % 3
+        return torch.arange(count) % 4
     return torch.randint(16, (count, height, width), generator=seeded(9)) if prior.condition else None
 
 

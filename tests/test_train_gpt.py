@@ -22,7 +22,7 @@ from PIL import Image
 import data
 import train_gpt
 import train_vq
-from checkpoints import load_checkpoint
+from outputs import load_checkpoint
 from gpt import GPT, GPTConfig
 from helpers import ALONE, ROOT, assert_bit_equal, gpt_flags, shell
 from orderings import ORDERINGS

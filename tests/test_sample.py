@@ -1,0 +1,281 @@
+"""What sample.py draws from one checkpoint.
+
+Oracles: `Prior.sample` with the same conditions and random numbers, the drawn scenes, and the order itself.
+"""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import run
+import sample
+import scenes
+from gpt import GPT
+from helpers import build, seeded, shell
+from orderings import ORDERINGS
+from outputs import picture_grid, to_pixels
+from stages import Prior, Sampling
+from vq import VQ
+
+
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    """Sample as the command line says from a prior, or a checkpoint; the image tokens that were drawn."""
+    monkeypatch.setattr(data, "SCENES", {"train": 12, "val": 5})
+    monkeypatch.chdir(tmp_path)
+    drawn, pictures = [], Prior.pictures
+
+    def recorded(self, tokens):
+        drawn.append(tokens)
+        return pictures(self, tokens)
+
+    monkeypatch.setattr(Prior, "pictures", recorded)
+
+    def draw(model: Prior | Path, flags: str) -> torch.Tensor | None:
+        drawn.clear()
+        sample.main(["--checkpoint", str(save(model)), "--device", "cpu", *flags.split()])
+        return torch.cat(drawn) if drawn else None
+
+    return draw
+
+
+def save(model: Prior | Path) -> Path:
+    if isinstance(model, Path):
+        return model
+    model.gpt.float()
+    torch.save({"kind": "gpt"} | model.state(), "model.pt")
+    return Path("model.pt")
+
+
+def pixels(path: Path | str) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def test_one_checkpoint_is_all_that_sampling_needs(second_stage, draw):
+    Path("alone.pt").write_bytes(second_stage.read_bytes())
+    flags = "--count 6 --batch-size 4 --out"
+    draw(Path("alone.pt"), f"{flags} a.png")
+    draw(Path("alone.pt"), f"{flags} b.png")
+    draw(Path("alone.pt"), f"{flags} c.jpg --seed 1")
+    draw(Path("alone.pt"), f"{flags} files")
+    a, b, c = map(pixels, ("a.png", "b.png", "c.jpg"))
+    assert Image.open("c.jpg").format == "JPEG" and Image.open("a.png").format == "PNG"
+    side = 16 * 6  # enlarged
+    assert a.shape == c.shape == (3 * side + 4, 2 * side + 2, 3)  # six pictures in two columns
+    assert np.array_equal(a, b) and np.abs(a.astype(int) - c).mean() > 3
+    names = sorted(path.name for path in Path("files").iterdir())
+    assert names == [f"{i:06d}.png" for i in range(6)]
+    for i, name in enumerate(names):
+        top, left = i // 2 * (side + 2), i % 2 * (side + 2)
+        assert np.array_equal(pixels(f"files/{name}"), a[top + 3:top + side:6, left + 3:left + side:6])
+    with pytest.raises(run.UsageError, match="files is not empty"):
+        draw(Path("alone.pt"), f"{flags} files")
+
+
+def test_temperature_top_k_and_top_p_reach_the_draws(draw):
+    prior = build()
+    greedy = prior.sample(4, None, None, Sampling(top_k=1))
+    for flags in ("--top-k 1", "--top-k 0 --temperature 0.001", "--top-p 1e-6"):
+        assert torch.equal(draw(prior, f"--count 4 {flags}"), greedy)
+    assert not torch.equal(draw(prior, "--count 4"), greedy)
+
+
+def test_numbered_samples_follow_the_validation_conditions_with_the_condition_beside_each(draw):
+    for kind in ("segmentation", "depth", "pose", "class"):
+        prior = build(kind)
+        tokens = draw(prior, f"--count 3 --batch-size 2 --out {kind}")
+        dataset = data.open_dataset("scenes", "", "val", data.Preparation(8, (kind,)))
+        values = [dataset[index, None][kind] for index in range(3)]
+        condition = torch.from_numpy(np.stack(values))
+        condition = prior.stages[kind].encode(condition) if prior.stages[kind] else condition
+        random = seeded(0)
+        expected = [prior.sample(len(part), part, None, Sampling(), random) for part in condition.split(2)]
+        assert torch.equal(tokens, torch.cat(expected))
+        shown = to_pixels(prior.image.decode(prior.layout.grids(tokens)[0]))
+        for i, value in enumerate(values):
+            assert np.array_equal(pixels(f"{kind}/{i:06d}.png"), shown[i])
+            if kind == "class":
+                continue
+            beside = pixels(f"{kind}/{i:06d}-condition.png")
+            if kind == "depth":
+                assert np.abs(beside / 32767.5 - 1 - value).max() < 1e-4
+            else:
+                assert np.array_equal(beside, value if kind == "segmentation" else value.transpose(1, 2, 0))
+    lines = [f"{i:06d} {scenes.CLASSES[scenes.draw_scene('val', i, 8).label]}\n" for i in range(3)]
+    assert Path("class/classes.txt").read_text() == "".join(lines)
+    assert draw(build("class"), "--count 9 --out more").shape == (5, 16)  # there are no more conditions
+
+
+def test_classes_by_name_and_number_are_rows_and_guidance_is_heard(draw):
+    prior = build("class")
+    for guidance in (1.0, 3.0):
+        tokens = draw(prior, f"--class house,3 --count 2 --guidance {guidance} --batch-size 3")
+        random, labels = seeded(0), torch.tensor([1, 1, 3, 3])
+        expected = [prior.sample(len(part), part, None, Sampling(guidance=guidance), random)
+                    for part in labels.split(3)]
+        assert torch.equal(tokens, torch.cat(expected))
+    grid = picture_grid(prior.image.decode(prior.layout.grids(tokens)[0]), columns=2)
+    assert np.array_equal(pixels("samples.png"), np.asarray(grid))
+
+
+def test_a_condition_file_or_folder_is_a_row_behind_itself(draw, tmp_path):
+    prior, folder = build("segmentation"), tmp_path / "masks"
+    folder.mkdir()
+    masks = [scenes.draw_scene("val", i, 8).segmentation for i in range(2)]
+    for i, mask in enumerate(masks):
+        Image.fromarray(mask).resize((16, 16), Image.Resampling.NEAREST).save(folder / f"{i}.png")
+    values = torch.from_numpy(np.stack(masks))
+    tokens = draw(prior, "--condition masks --count 3")
+    condition = prior.stages["segmentation"].encode(values).repeat_interleave(3, 0)
+    assert torch.equal(tokens, prior.sample(6, condition, None, Sampling(), seeded(0)))
+    left = data.as_pictures(data.as_input(values, "segmentation", 8), "segmentation")
+    shown = picture_grid(torch.cat([left[1:], prior.image.decode(prior.layout.grids(tokens[3:])[0])]), 4)
+    assert np.array_equal(pixels("samples.png")[-96:], np.asarray(shown))
+    assert torch.equal(draw(prior, "--condition masks/0.png --count 3"),
+                       prior.sample(3, condition[:3], None, Sampling(), seeded(0)))
+
+
+def photo(name: str, seed: int = 0) -> torch.Tensor:
+    """Writes a picture of 8×8; (1, 3, 8, 8) uint8."""
+    values = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(values).save(name)
+    return torch.from_numpy(values).permute(2, 0, 1)[None]
+
+
+def test_completion_keeps_the_first_codes_in_the_models_order_and_hides_the_rest(draw):
+    prior = build("class", "spiral")
+    codes = prior.image.encode(photo("a.png")).flatten(1)[:, ORDERINGS["spiral"](4, 4)]
+    for keep, kept in ((0.5, 8), (0.3, 5), (0, 0), (1, 16)):
+        tokens = draw(prior, f"--complete a.png --keep {keep} --class tree --count 2")
+        given = codes[:, :kept].expand(2, -1)
+        assert torch.equal(tokens, prior.sample(2, torch.tensor([2, 2]), given, Sampling(), seeded(0)))
+        assert torch.equal(tokens[:, :kept], given)
+    assert draw(prior, "--complete a.png").shape == (4, 16)  # without a class, after the null token
+
+    prior = build(order="row")
+    values = photo("a.png")
+    for seed, hide in ((1, ""), (1, "--hide")):
+        values[:, :, 4:] = photo("b.png", seed)[:, :, 4:]  # another lower half
+        Image.fromarray(values[0].permute(1, 2, 0).numpy()).save("b.png")
+        a, b = (draw(prior, f"--complete {name}.png {hide}")[:, :8] for name in "ab")
+        assert torch.equal(a, b) == bool(hide)
+
+
+def test_scales_from_a_picture_are_a_row_for_each_number_of_scales(draw):
+    prior, values = build(scales=(1, 2)), photo("a.png")
+    tokens = draw(prior, "--scales-from a.png --count 3")
+    own = prior.layout.image_tokens(prior.image.pyramid(prior.image.encode(values), (1, 2)))
+    rows = tokens.unflatten(0, (4, 3))
+    random = seeded(0)
+    for row, kept in zip(rows, (0, 1, 5, 21)):
+        given = own[:, :kept].expand(3, -1)
+        assert torch.equal(row, prior.sample(3, None, given, Sampling(), random))
+        assert torch.equal(row[:, :kept], given)
+    assert pixels("samples.png").shape == (4 * 96 + 6, 4 * 96 + 6, 3)  # the picture in front of three samples
+
+
+def test_larger_pictures_are_whole_multiples_above_the_training_size(draw, monkeypatch, capsys):
+    prior = build()
+    draw(prior, "--size 8x12 --count 2 --out wide")
+    grid = prior.sample_window(2, 4, 6, None, Sampling(), seeded(0))
+    for i, shown in enumerate(to_pixels(prior.image.decode(grid))):
+        assert np.array_equal(pixels(f"wide/{i:06d}.png"), shown)
+    for flags in ("--size 9x12", "--size 4x4", "--size 8x12 --animate a.gif"):
+        status, _, errors = shell("sample.py", ["--checkpoint", save(prior), "--device", "cpu", *flags.split()],
+                                  monkeypatch, capsys)
+        assert status == 2 and "size" in errors and errors.count("\n") == 1, flags
+
+
+def test_a_condition_map_of_a_larger_size_is_cut_by_the_window(draw):
+    prior = build("segmentation")
+    mask = np.concatenate([scenes.draw_scene("val", i, 8).segmentation for i in range(2)], 1)
+    Image.fromarray(mask).save("mask.png")
+    draw(prior, "--condition mask.png --size 8x16 --count 1 --out wide")
+    condition = prior.stages["segmentation"].encode(torch.from_numpy(mask)[None])  # (1, 4, 8)
+    grid = prior.sample_window(1, 4, 8, condition, Sampling(), seeded(0))
+    assert np.array_equal(pixels("wide/000000.png"), to_pixels(prior.image.decode(grid))[0])
+
+
+def test_the_networks_run_under_the_runs_autocast(draw, monkeypatch):
+    monkeypatch.setattr(run, "autocast", lambda device: torch.autocast(device.type, torch.bfloat16))
+    for owner, name in ((GPT, "forward"), (VQ, "decode")):
+        def recorded(self, *arguments, original=getattr(owner, name)):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return original(self, *arguments)
+        monkeypatch.setattr(owner, name, recorded)
+    for flags in ("--count 2", "--size 8x12 --count 2"):
+        seen = []
+        draw(build(), flags)
+        assert len(seen) > 16 and all(seen), flags
+
+
+def test_the_animation_fills_the_grid_in_its_order(second_stage, draw):
+    draw(second_stage, "--count 4 --out a.png --animate a.gif")
+    cells = ORDERINGS["spiral"](8, 8).tolist()
+    with Image.open("a.gif") as gif:
+        assert gif.n_frames == 65 and gif.info["loop"] == 0
+        milliseconds, frames = 0, []
+        for frame in range(gif.n_frames):
+            gif.seek(frame)
+            milliseconds += gif.info["duration"]
+            frames.append(np.asarray(gif.convert("RGB"))[:64, :64].astype(int))  # cells of 8×8 pixels
+    assert 3000 <= milliseconds <= 6000
+    for step, cell in enumerate(cells):
+        y, x = np.nonzero((frames[step + 1] != frames[step]).any(2))
+        assert set(zip((y // 8).tolist(), (x // 8).tolist())) <= {divmod(cell, 8)}
+    assert frames[0].std((0, 1)).max() < 4  # nothing is drawn yet
+    assert (np.abs(frames[-1] - frames[0]).max(2) > 24).mean() > 0.5
+    draw(build("class", scales=(1, 2)), "--class ball --count 2 --animate b.gif")
+    with Image.open("b.gif") as gif:
+        assert gif.n_frames == 1 + 4 + 16 + 1
+
+
+def test_the_benchmark_prints_the_speed_with_and_without_the_cache(draw, capsys):
+    for kind in ("none", "depth"):
+        assert draw(build(kind), "--benchmark --batch-size 2").shape == (8, 16)
+        out = capsys.readouterr().out
+        for name in ("cached", "uncached"):
+            assert f"{name}: 2 pictures of 16 tokens in " in out and "pictures/s" in out and "tokens/s" in out
+
+
+def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "SCENES", {"train": 12, "val": 5})
+    monkeypatch.chdir(tmp_path)
+    models = {}
+    for name, prior in [("none", build()), ("class", build("class", null_token=False)), ("mask", build("segmentation")),
+                        ("spiral", build(order="spiral"))]:
+        models[name] = save(prior).rename(f"{name}.pt")
+    photo("photo.png")
+    Image.fromarray(np.full((8, 8), 8, np.uint8)).save("label8.png")
+    Path("cut.pt").write_bytes(models["none"].read_bytes()[:5000])
+    for checkpoint, flags, status, sentence in [
+            (first_stage, "", 1, "is a checkpoint of train_vq.py; name a checkpoint.pt that train_gpt.py has"),
+            ("cut.pt", "", 1, "cut.pt is damaged, or holds more than"),
+            ("none.pt", "--temperature 1e-45", 2, "temperature is 1e-45; it must be at least 0.001"),
+            ("none.pt", "--animate a.mp4", 2, "animate is 'a.mp4'; it must name a .gif file"),
+            ("none.pt", "--keep 0.3", 2, "--keep has no effect here: it belongs to --complete"),
+            ("none.pt", "--benchmark --count 3", 2, "--count has no effect here: a benchmark draws no pictures"),
+            ("none.pt", "--complete photo.png --keep 2", 2, "keep is 2.0; it must lie in [0, 1]"),
+            ("none.pt", "--complete photo.png --size 16x16", 2, "exclude each other; choose one"),
+            ("none.pt", "--complete model.py", 1, "model.py"),
+            ("none.pt", "--size 16", 2, "size is '16'; it must be like 64x128"),
+            ("spiral.pt", "--size 16x16", 1, "a larger size needs a model of one scale in the order row, not spi"),
+            ("none.pt", "--scales-from photo.png", 2, "needs a model of several scales, unlike none.pt"),
+            ("none.pt", "--class ball", 2, "--class does not fit none.pt, which was trained with --condition none"),
+            ("class.pt", "--condition photo.png", 2, "--condition does not fit class.pt, which was trained with"),
+            ("mask.pt", "--class ball", 2, "which was trained with --condition segmentation"),
+            ("class.pt", "--class huose", 2, "no class 'huose' among the 4 of this model; did you mean house"),
+            ("class.pt", "--class 4", 2, "no class '4' among the 4 of this model; did you mean ball, house, tree"),
+            ("class.pt", "--complete photo.png", 2, "this model needs a condition (class); name one with --class"),
+            ("class.pt", "--class 0 --guidance 2", 1, "guidance is 2.0, but this model knows no dropped condition"),
+            ("mask.pt", "--condition label8.png", 1, "label8.png has the label 8, but those of 8 segments go from"),
+            ("mask.pt", "--condition photo.png", 1, "photo.png is a picture in colours")]:
+        code, _, errors = shell("sample.py", ["--checkpoint", checkpoint, "--device", "cpu", *flags.split()],
+                                monkeypatch, capsys)
+        assert (code, errors.count("\n"), errors[:11]) == (status, 1, "sample.py: "), (flags, errors)
+        assert sentence in errors, (sentence, errors)
+        assert not Path("samples.png").exists()
