@@ -79,7 +79,7 @@ class SampleConfig:
         if self.size and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size):
             raise ValueError(f"size is {self.size!r}; it must be like 64x128, height and width in pixels")
         if sum(map(bool, (self.complete, self.scales_from, self.size))) > 1 or self.size and self.animate:
-            raise ValueError("complete, scales_from and size exclude each other, and so do size and animate")
+            raise ValueError("complete, scales_from and size exclude each other, so do size and animate; choose one")
 
     def without_effect(self) -> list[tuple[bool, str, str]]:
         """Flags that do nothing if the first value is true, and why."""
@@ -208,9 +208,9 @@ def validation_rows(prior: Prior, config: SampleConfig) -> Iterator[Row]:
 
 
 def map_row(stage: FirstStage, values: Tensor) -> Row:
-    """A condition map as `data.read_field` gives it, (1, …), as a row; shown as its codes are decoded."""
-    codes = stage.encode(values)
-    return Row(codes, None, stage.decode(codes), values)
+    """A condition map as `data.read_field` gives it, (1, …), as a row."""
+    inputs = data.as_input(values, stage.field, stage.vq.config.image_channels)
+    return Row(stage.encode(values), None, data.as_pictures(inputs, stage.field), values)
 
 
 def list_inputs(name: str, field: str) -> list[Path]:

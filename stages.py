@@ -312,8 +312,8 @@ class Prior:
         """
         layout, h, w = self.layout, self.layout.height, self.layout.width
         if layout.order != "row" or layout.scales or height < h or width < w:
-            raise ValueError(f"{height}×{width} codes cannot be drawn: a window needs a model of one scale in "
-                             f"the order row, not {layout.order} with scales {layout.scales}, and {h}×{w} codes")
+            raise ValueError(f"a grid of {height}×{width} codes needs a model of one scale in the order row, not "
+                             f"{layout.order} with scales {layout.scales}, and at least {h}×{w} codes")
         grid = torch.zeros(count, height, width, dtype=torch.int64, device=self.device)
         for y in range(height):
             for x in range(width):

@@ -288,9 +288,9 @@ def describe(config: TrainConfig, prior: Prior, training: dict, validation: dict
     unigram = entropy(torch.from_numpy(np.bincount(validation["image"].flatten())))
     print(f"second stage: {len(training['image']):,} training and {len(validation['image']):,} validation "
           f"pictures · {condition}{sizes} codes in the order {config.order} · {layout.vocab_size:,} tokens, "
-          f"{layout.block_size} positions, {parameters:,} parameters · {device} · {config.folder}\nbaselines: "
-          f"{math.log(layout.codebook_size):.3f} nats/token for a uniform guess, {unigram:.3f} for the "
-          "frequency of each code", flush=True)
+          f"{layout.block_size} positions, {parameters:,} parameters · {device} · {config.folder}\n"
+          f"baselines: {math.log(layout.codebook_size):.3f} nats/token for a uniform guess, {unigram:.3f} for "
+          "the frequency of each code", flush=True)
 
 
 @torch.no_grad()

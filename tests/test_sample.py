@@ -260,10 +260,10 @@ def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, caps
             ("none.pt", "--keep 0.3", 2, "--keep has no effect here: it belongs to --complete"),
             ("none.pt", "--benchmark --count 3", 2, "--count has no effect here: a benchmark draws no pictures"),
             ("none.pt", "--complete photo.png --keep 2", 2, "keep is 2.0; it must lie in [0, 1]"),
-            ("none.pt", "--complete photo.png --size 16x16", 2, "exclude each other; choose one"),
+            ("none.pt", "--complete photo.png --size 16x16", 2, "exclude each other, so do size and animate; choose one"),
             ("none.pt", "--complete model.py", 1, "model.py"),
             ("none.pt", "--size 16", 2, "size is '16'; it must be like 64x128"),
-            ("spiral.pt", "--size 16x16", 1, "a larger size needs a model of one scale in the order row, not spi"),
+            ("spiral.pt", "--size 16x16", 1, "needs a model of one scale in the order row, not spi"),
             ("none.pt", "--scales-from photo.png", 2, "needs a model of several scales, unlike none.pt"),
             ("none.pt", "--class ball", 2, "--class does not fit none.pt, which was trained with --condition none"),
             ("class.pt", "--condition photo.png", 2, "--condition does not fit class.pt, which was trained with"),
@@ -272,7 +272,7 @@ def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, caps
             ("class.pt", "--class 4", 2, "no class '4' among the 4 of this model; did you mean ball, house, tree"),
             ("class.pt", "--complete photo.png", 2, "this model needs a condition (class); name one with --class"),
             ("class.pt", "--class 0 --guidance 2", 1, "guidance is 2.0, but this model knows no dropped condition"),
-            ("mask.pt", "--condition label8.png", 1, "label8.png has the label 8, but those of 8 segments go from"),
+            ("mask.pt", "--condition label8.png", 1, "label8.png has the label 8, but labels go from 0 to 7"),
             ("mask.pt", "--condition photo.png", 1, "photo.png is a picture in colours")]:
         code, _, errors = shell("sample.py", ["--checkpoint", checkpoint, "--device", "cpu", *flags.split()],
                                 monkeypatch, capsys)

@@ -103,7 +103,7 @@ def test_classes_that_changed_do_not_go_on(first_stage, tmp_path, monkeypatch, c
         (folder / name).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16), (i, 0, 0)).save(folder / name / f"{i}.png")
     flags = [*gpt_flags(folder, first_stage, tmp_path / "run"), "--condition", "class"]
-    assert load_checkpoint(train_gpt.main([*flags, "--steps", "1"]), "gpt")["classes"] == ("a", "c")
+    assert load_checkpoint(train_gpt.main([*flags, "--steps", "1"]), "gpt")["trained_on"]["classes"] == ["a", "c"]
     (folder / "b").mkdir()
     Image.new("RGB", (16, 16)).save(folder / "b" / "1.png")
     status, _, errors = shell("train_gpt.py", [*flags, "--steps", "2", "--resume"], monkeypatch, capsys)
@@ -314,7 +314,7 @@ def test_image_and_condition_have_the_same_crop_and_flip_in_every_view(tmp_path)
         config = dataclasses.replace(
             train_gpt.PRESETS["demo"], data="folder", data_dir=str(tmp_path), condition="segmentation", views=4,
             codes_dir=str(tmp_path / "codes"), seed=3, workers=0)
-        training, validation, _, _ = train_gpt.encode_pictures(config, stages, None, ALONE)
+        training, validation, _ = train_gpt.encode_pictures(config, stages, None, ALONE)
         assert len(training["image"]) == 24 and len(validation["image"]) == 6
         found = []
         for n in range(24):
