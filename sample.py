@@ -79,7 +79,8 @@ class SampleConfig:
         if self.size and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size):
             raise ValueError(f"size is {self.size!r}; it must be like 64x128, height and width in pixels")
         if sum(map(bool, (self.complete, self.scales_from, self.size))) > 1 or self.size and self.animate:
-            raise ValueError("complete, scales_from and size exclude each other, so do size and animate; choose one")
+            raise ValueError("complete, scales_from and size exclude each other, so do size and animate; "
+                             "choose one")
 
     def without_effect(self) -> list[tuple[bool, str, str]]:
         """Flags that do nothing if the first value is true, and why."""
@@ -110,10 +111,10 @@ PRESETS = {
 
 class Row(NamedTuple):
     """What some samples have in common; None where there is nothing."""
-    condition: Tensor | None  # (1,) label, or (1, h, w) codes of a map
-    given: Tensor | None  # (1, G) first image tokens
-    beside: Tensor | None  # (1, 1 or 3, H, W): a map, or the picture that is completed, to be shown
-    record: Tensor | None  # the condition's field as `data.load` gives it, to be written
+    condition: Tensor | None = None  # (1,) label, or (1, h, w) codes of a map
+    given: Tensor | None = None  # (1, G) first image tokens
+    beside: Tensor | None = None  # (1, 1 or 3, H, W), shown: the map, or the picture that is completed
+    record: Tensor | None = None  # the condition's field as `data.load` gives it, to be written
 
 
 def main(argv: list[str] | None = None):
@@ -123,14 +124,13 @@ def main(argv: list[str] | None = None):
     if config.benchmark:
         return benchmark(config, device)
     prior = Prior.load(config.checkpoint, device, config.n_head)
-    rows, columns = plan(prior, config)
+    rows, columns, total = plan(prior, config)
     generator = torch.Generator(device).manual_seed(config.seed)
-    out, pictures, first, began, done = Path(config.out), [], None, time.perf_counter(), 0
+    out, shown, pictures, first, began, done = Path(config.out), [], [], None, time.perf_counter(), 0
     if not config.one_file and out.is_dir() and any(out.iterdir()):
         raise run.UsageError(f"{out} is not empty; name another --out, or empty it")
 
-    # Rows of samples are drawn in batches. Those of a batch have equally many given tokens.
-    shown = []
+    # Rows of samples are drawn in batches, whose samples all have equally many given tokens.
     for batch in batches(rows, columns, config.batch_size):
         images, tokens = draw(prior, batch, config, generator)  # (B, C, H, W), (B, T) or None
         first = tokens if first is None else first
@@ -144,7 +144,8 @@ def main(argv: list[str] | None = None):
         done += len(batch)
         seconds = time.perf_counter() - began
         if seconds > 5:
-            print(f"{done} samples · {done / seconds:.1f} samples/s", flush=True)
+            left = seconds / done * (total - done)
+            print(f"{done} of {total} samples · eta {run.duration(left)}", flush=True)
     if config.one_file:
         save_picture(arrange(shown, torch.cat(pictures), columns), out)
     print(f"{done} samples in {out}")
@@ -152,65 +153,61 @@ def main(argv: list[str] | None = None):
         frames = fill_animation(prior, first[:16])
         duration = [3000 // len(frames)] * (len(frames) - 1) + [1500]  # ms: three seconds, then a pause
         save_picture(frames[0], Path(config.animate), save_all=True, append_images=frames[1:], loop=0,
-                         duration=duration)
+                     duration=duration)
         print(f"the same being filled code by code in {config.animate}")
 
 
-def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int]:
-    """The rows that the flags ask for, and the number of samples in each. Raises UsageError, ValueError."""
-    conditions = list_conditions(prior, config)
-    f, layout = prior.image.vq.config.downsampling, prior.layout
+def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int, int]:
+    """The rows that the flags ask for, the samples in each, and those in all. Raises UsageError."""
+    f, layout, named = prior.image.vq.config.downsampling, prior.layout, config.class_ or config.condition
     if config.size and not all(side % f == 0 and side // f >= trained for side, trained in
                                zip(config.shape, (layout.height, layout.width))):
         raise run.UsageError(f"size is {config.size}; both must be multiples of {f}, and at least "
                              f"{layout.height * f}x{layout.width * f}, as in training")
     if config.scales_from or config.complete:
-        named = conditions[0] if config.class_ or config.condition else Row(None, None, None, None)
-        if prior.condition and named.condition is None and not prior.layout.null_token:
+        row = next(iter(list_conditions(prior, config))) if named else Row()
+        if prior.condition and not named and not layout.null_token:
             raise run.UsageError(f"this model needs a condition ({prior.condition}); name one with "
                                  f"--{'class' if prior.condition == 'class' else 'condition'}")
-        return [row._replace(condition=named.condition, record=named.record)
-                for row in list_given(prior, config)], config.count or 4
-    if prior.condition is None:
-        return [Row(None, None, None, None)], config.count or 64
-    if config.class_ or config.condition:
-        return conditions, config.count or 4
-    if config.one_file:
-        return itertools.islice(conditions, math.ceil((config.count or 64) / 4)), 4
-    return itertools.islice(conditions, config.count or 64), 1
+        rows, columns = [row._replace(given=given, beside=beside)
+                         for given, beside in list_given(prior, config)], config.count or 4
+    elif named:
+        rows, columns = list(list_conditions(prior, config)), config.count or 4
+    elif prior.condition is None:
+        rows, columns = [Row()], config.count or 64
+    else:  # conditions of the validation split, in a grid four samples of each
+        columns = 4 if config.one_file else 1
+        total = math.ceil((config.count or 64) / columns)
+        return itertools.islice(list_conditions(prior, config), total), columns, total * columns
+    return rows, columns, len(rows) * columns
 
 
-def list_conditions(prior: Prior, config: SampleConfig) -> Iterable[Row]:
+def list_conditions(prior: Prior, config: SampleConfig) -> Iterator[Row]:
     """The conditions named on the command line, else those of the validation split, in order."""
     wanted = "class" if config.class_ else "condition" if config.condition else None
     if wanted and (prior.condition is None or (prior.condition == "class") != (wanted == "class")):
         raise run.UsageError(f"--{wanted} does not fit {config.checkpoint}, which was trained with "
                              f"--condition {prior.condition or 'none'}")
-    if config.class_:
-        return [Row(torch.tensor([label]), None, None, torch.tensor([label]))
-                for label in (find_class(name.strip(), prior.classes) for name in config.class_.split(","))]
-    if config.condition:
-        stage = prior.stages[prior.condition]
-        return [map_row(stage, data.read_field(path, stage.field, stage.preparation, config.shape))
-                for path in list_inputs(config.condition, stage.field)]
-    return prior.condition and validation_rows(prior, config)
-
-
-def validation_rows(prior: Prior, config: SampleConfig) -> Iterator[Row]:
-    if config.size:
-        raise run.UsageError("a larger size needs a --class, or a --condition of that size")
     stage = prior.stages[prior.condition]
-    preparation = replace((stage or prior.image).preparation, fields=(prior.condition,))
-    dataset = data.open_dataset(prior.trained_on["data"], prior.trained_on["data_dir"], "val", preparation)
-    for index in range(len(dataset)):
-        value = torch.as_tensor(dataset[index, None][prior.condition])[None]
-        yield map_row(stage, value) if stage else Row(value, None, None, value)
-
-
-def map_row(stage: FirstStage, values: Tensor) -> Row:
-    """A condition map as `data.read_field` gives it, (1, …), as a row."""
-    inputs = data.as_input(values, stage.field, stage.vq.config.image_channels)
-    return Row(stage.encode(values), None, data.as_pictures(inputs, stage.field), values)
+    if config.class_:
+        names = map(str.strip, config.class_.split(","))
+        values = (torch.tensor([find_class(name, prior.classes)]) for name in names)
+    elif config.condition:
+        values = (data.read_field(path, stage.field, stage.preparation, config.shape)
+                  for path in list_inputs(config.condition, stage.field))
+    elif config.size:
+        raise run.UsageError("a larger size needs a --class, or a --condition of that size")
+    else:
+        preparation = replace((stage or prior.image).preparation, fields=(prior.condition,))
+        name, directory = prior.trained_on["data"], prior.trained_on["data_dir"]
+        dataset = data.open_dataset(name, directory, "val", preparation)
+        values = (torch.as_tensor(dataset[i, None][prior.condition])[None] for i in range(len(dataset)))
+    for value in values:
+        if stage:
+            inputs = data.as_input(value, stage.field, stage.vq.config.image_channels)
+            yield Row(stage.encode(value), None, data.as_pictures(inputs, stage.field), value)
+        else:
+            yield Row(condition=value, record=value)
 
 
 def list_inputs(name: str, field: str) -> list[Path]:
@@ -229,14 +226,14 @@ def find_class(name: str, classes: tuple[str, ...]) -> int:
                          f"did you mean {', '.join(near)}?")
 
 
-def list_given(prior: Prior, config: SampleConfig) -> Iterator[Row]:
-    """Rows whose first tokens are a picture's own: a share of its codes, or its coarser scales."""
+def list_given(prior: Prior, config: SampleConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    """First tokens (1, G) of the named pictures, a share of their codes or coarser scales; the pictures."""
     image, layout = prior.image, prior.layout
     if config.scales_from and not layout.scales:
         raise run.UsageError(f"--scales-from needs a model of several scales, unlike {config.checkpoint}; "
                              "train one with --multiscale")
-    T, kept = sum(layout.lengths), round(config.keep * sum(layout.lengths))
-    counts = [kept] if config.complete else [0, *itertools.accumulate(layout.lengths)]
+    T = sum(layout.lengths)
+    kept = round(config.keep * T)
     for path in list_inputs(config.complete or config.scales_from, "image"):
         values = data.read_field(path, "image", image.preparation)  # (1, 3, S, S)
         if config.complete and config.hide:
@@ -244,8 +241,8 @@ def list_given(prior: Prior, config: SampleConfig) -> Iterator[Row]:
             known = F.interpolate((rank < kept)[None].float(), size=values.shape[2:], mode="nearest") > 0
             values = values.where(known, 127)
         tokens = layout.image_tokens(image.pyramid(image.encode(values), layout.scales))  # (1, T)
-        for count in counts:
-            yield Row(None, tokens[:, :count], data.as_input(values, "image", 3), None)
+        for count in [kept] if config.complete else [0, *itertools.accumulate(layout.lengths)]:
+            yield tokens[:, :count], data.as_input(values, "image", 3)
 
 
 def batches(rows: Iterable[Row], columns: int, batch_size: int) -> Iterator[list[Row]]:
@@ -315,26 +312,23 @@ def fill_animation(prior: Prior, tokens: Tensor) -> list[Image.Image]:
 
 def benchmark(config: SampleConfig, device: torch.device):
     """Print tokens and pictures per second, with and without the key/value cache, decoding included."""
-    if config.preset == "paper" and not Path(config.checkpoint).exists():
+    if config.preset == "paper" and not Path(config.checkpoint).exists():  # its shape, with random weights
         layout = TokenLayout(codebook_size=1024, height=16, width=16)
         image = FirstStage(VQ(VQConfig()), "image", data.Preparation(256), {})
-        gpt = GPT(GPTConfig(layout.vocab_size, layout.block_size)).to(device)
-        prior = Prior(gpt, layout, {"image": image}, {})
-        image.vq.to(device)
+        prior = Prior(GPT(GPTConfig(layout.vocab_size, layout.block_size)), layout, {"image": image}, {})
+        prior.to(device)
     else:
         prior = Prior.load(config.checkpoint, device, config.n_head)
-    condition = torch.zeros(config.batch_size, prior.layout.condition_length, dtype=torch.int64)
-    condition = condition if prior.condition else None
-    T, times = sum(prior.layout.lengths), {}
+    B, T, times = config.batch_size, sum(prior.layout.lengths), {}
+    condition = torch.zeros(B, prior.layout.condition_length, dtype=torch.int64) if prior.condition else None
     for cached in (True, False):
         for attempt in range(2):  # the first warms up
             began = time.perf_counter()
-            tokens = prior.sample(config.batch_size, condition, None, config.sampling, cached=cached)
+            tokens = prior.sample(B, condition, None, config.sampling, cached=cached)
             prior.pictures(tokens).sum().item()  # waits for the GPU
             times[cached] = time.perf_counter() - began
-        rate = config.batch_size / times[cached]
-        print(f"{'cached' if cached else 'uncached'}: {config.batch_size} pictures of {T} tokens in "
-              f"{times[cached]:.3f} s · {rate:.2f} pictures/s · {run.si(rate * T)} tokens/s · {device}",
+        print(f"{'cached' if cached else 'uncached'}: {B} pictures of {T} tokens in {times[cached]:.3f} s · "
+              f"{B / times[cached]:.2f} pictures/s · {run.si(B * T / times[cached])} tokens/s · {device}",
               flush=True)
     print(f"the cache is {times[False] / times[True]:.1f} times as fast")
 

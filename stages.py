@@ -67,6 +67,10 @@ class FirstStage:
         vq.load_state_dict(state["model"])
         return cls(vq, state["target"], data.Preparation(**state["preparation"]), state["trained_on"])
 
+    def to(self, device: torch.device) -> "FirstStage":
+        self.vq.to(device)
+        return self
+
     def was_trained_on(self, name: str, directory: str) -> bool:
         """Whether a data set is the one of the training, in the same folder or moved elsewhere."""
         known = self.trained_on
@@ -222,11 +226,12 @@ class Prior:
             prior = cls.from_taming(path, n_head)
         else:
             prior = cls.from_state(load_checkpoint(path, "gpt"))
-        prior.gpt.to(device)
-        for stage in prior.stages.values():
-            if stage:
-                stage.vq.to(device)
-        return prior
+        return prior.to(device)
+
+    def to(self, device: torch.device) -> "Prior":
+        for part in filter(None, (self.gpt, *self.stages.values())):
+            part.to(device)
+        return self
 
     @classmethod
     def from_state(cls, checkpoint: dict) -> "Prior":
@@ -312,8 +317,8 @@ class Prior:
         """
         layout, h, w = self.layout, self.layout.height, self.layout.width
         if layout.order != "row" or layout.scales or height < h or width < w:
-            raise ValueError(f"a grid of {height}×{width} codes needs a model of one scale in the order row, not "
-                             f"{layout.order} with scales {layout.scales}, and at least {h}×{w} codes")
+            raise ValueError(f"a grid of {height}×{width} codes needs a model of one scale in the order row, "
+                             f"not {layout.order} with scales {layout.scales}, and at least {h}×{w} codes")
         grid = torch.zeros(count, height, width, dtype=torch.int64, device=self.device)
         for y in range(height):
             for x in range(width):

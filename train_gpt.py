@@ -23,11 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import run
 import train_vq
+from codebook import entropy
 from outputs import describe_data, picture_grid, save_checkpoint, save_picture, set_random_state
 from gpt import GPT, GPTConfig
 from orderings import ORDERINGS, TokenLayout
 from stages import CodeCache, FirstStage, Prior, Sampling, Stages
-from vq import entropy
 
 CONDITIONS = ("none", "class", "segmentation", "depth", "pose")
 MAPS = CONDITIONS[2:]  # with a first stage of their own
@@ -211,20 +211,17 @@ def open_stages(config: TrainConfig, checkpoint: dict | None, process: run.Proce
             stages[config.condition] = FirstStage.load(path, config.condition)
         elif config.condition == "class":
             stages["class"] = None
-    for stage in filter(None, stages.values()):
-        stage.vq.to(process.device)
-    return stages
+    return {field: stage and stage.to(process.device) for field, stage in stages.items()}
 
 
 def train_first_stage(config: TrainConfig, field: str, process: run.Process) -> Path:
     """The checkpoint of this preset's first stage of a field, trained to its end if it is not there."""
-    folder = replace(train_vq.PRESETS[config.preset], data=config.data, target=field, out="").folder
-    path = folder / "checkpoint.pt"
+    path = replace(train_vq.PRESETS[config.preset], data=config.data, target=field).folder / "checkpoint.pt"
     finished = FirstStage.is_finished(path)
     process.wait_for_all()  # nobody writes the file before all have looked
     if not finished:
         if process.rank == 0:
-            print(f"no finished first stage in {folder}: training it first", flush=True)
+            print(f"no finished first stage in {path.parent}: training it first", flush=True)
         flags = ["--preset", config.preset, "--data", config.data, "--target", field,
                  "--device", config.device, "--workers", str(config.workers)]
         flags += ["--resume"] if path.exists() else []
@@ -247,11 +244,11 @@ def encode_pictures(config: TrainConfig, stages: Stages, checkpoint: dict | None
     image, condition = stages["image"], stages.get(config.condition)
     preparation = replace(image.preparation, fields=tuple(stages))
     if condition:
-        if condition.preparation.size != preparation.size:
+        own = condition.preparation
+        if own.size != preparation.size:
             raise ValueError(f"the first stage of images was trained at {preparation.size} pixels, that of "
-                             f"{config.condition} at {condition.preparation.size}; they must agree")
-        preparation = replace(preparation, void_label=condition.preparation.void_label,
-                              segments=condition.preparation.segments)
+                             f"{config.condition} at {own.size}; they must agree")
+        preparation = replace(preparation, void_label=own.void_label, segments=own.segments)
     cache = CodeCache(Path(config.codes_dir), config.seed, config.views)
     datasets = {split: data.open_dataset(config.data, config.data_dir, split, preparation)
                 for split in ("train", "val")}
@@ -289,8 +286,8 @@ def describe(config: TrainConfig, prior: Prior, training: dict, validation: dict
     print(f"second stage: {len(training['image']):,} training and {len(validation['image']):,} validation "
           f"pictures · {condition}{sizes} codes in the order {config.order} · {layout.vocab_size:,} tokens, "
           f"{layout.block_size} positions, {parameters:,} parameters · {device} · {config.folder}\n"
-          f"baselines: {math.log(layout.codebook_size):.3f} nats/token for a uniform guess, {unigram:.3f} for "
-          "the frequency of each code", flush=True)
+          f"baselines: {math.log(layout.codebook_size):.3f} nats/token for a uniform guess, {unigram:.3f} "
+          "for the frequency of each code", flush=True)
 
 
 @torch.no_grad()

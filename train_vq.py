@@ -12,7 +12,7 @@ Leaves checkpoint.pt, log.jsonl and pictures in --out: inputs above reconstructi
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -21,10 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import run
-from outputs import describe_data, picture_grid, save_checkpoint, save_picture, set_random_state
+from codebook import codebook_use, initialize_codebook, restart_dead_codes
 from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, image_loss, mask_loss,
                     score_images, score_masks)
-from vq import VQ, VQConfig, as_vectors, codebook_use
+from outputs import describe_data, picture_grid, save_checkpoint, save_picture, set_random_state
+from vq import VQ, VQConfig
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,11 @@ def main(argv: list[str] | None = None) -> Path:
             adversary.load_state_dict(checkpoint["adversary"], first_step)
         set_random_state(checkpoint["random"])
     else:
-        initialize_codebook(vq, training, config, process)
+        # Of enough pictures for 16 vectors a code.
+        cells = (config.image_size // model_config.downsampling) ** 2
+        order = itertools.islice(data.training_order(len(training), config.batch_size, config.seed),
+                                 16 * config.codebook_size // cells // config.batch_size + 1)
+        initialize_codebook(vq, load_inputs(training, order, config, channels, device), process)
 
     if rank == 0:
         S, side = config.image_size, config.image_size // model_config.downsampling
@@ -297,34 +302,6 @@ def status_text(means: dict[str, float], scores: dict[str, float], codebook_size
         "perplexity": ", perplexity {:.0f}"}
     numbers = means | scores
     return "".join(text.format(numbers[name]) for name, text in texts.items() if name in numbers)
-
-
-def initialize_codebook(vq: VQ, training, config: TrainConfig, process: run.Process):
-    """K-means initialization from encoder outputs; with a random one most codes stay dead."""
-    cells = (config.image_size // vq.config.downsampling) ** 2  # codes per picture
-    order = itertools.islice(data.training_order(len(training), config.batch_size, config.seed),
-                             16 * config.codebook_size // cells // config.batch_size + 1)
-    batches = load_inputs(training, order, config, vq.config.image_channels, process.device)
-    with torch.no_grad():
-        vq.quantizer.initialize(torch.cat([as_vectors(vq.latents(images)) for images in batches]))  # (N, D)
-    if process.world > 1:  # sums on a GPU differ in the last bit from process to process
-        torch.distributed.broadcast(vq.quantizer.codebook.data, src=0)
-
-
-@torch.no_grad()
-def restart_dead_codes(vq: VQ, optimizer: torch.optim.Optimizer, uses: Tensor, images: Tensor,
-                       process: run.Process):
-    """Reinitialize dead codes, uses (K,) == 0, from the encoder's outputs, and reset Adam's moments."""
-    dead, codebook = process.total(uses) == 0, vq.quantizer.codebook  # (K,) and (K, D)
-    uses.zero_()
-    if dead.any():
-        vectors = as_vectors(process.gather(vq.latents(images)))  # (N, D) of all processes
-        if vectors.isfinite().all():  # else the run has diverged, and its log says so
-            vq.quantizer.restart(dead, vectors)
-        if process.world > 1:
-            torch.distributed.broadcast(codebook.data, src=0)
-        for moment in ("exp_avg", "exp_avg_sq"):
-            optimizer.state[codebook][moment][dead] = 0
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ to 16×16. Images are float32 in [−1, 1]; masks are one-hot channels going in 
 
 Symbols: B batch, C channels, H×W pixels, h×w code grid, K codes, D code width, N = B·h·w vectors.
 """
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import taming
+from codebook import as_vectors, assign_codes, kmeans, kmeans_plusplus
 from kernels import nearest_code
 from losses import PatchDiscriminator, PerceptualLoss  # re-exported: used only to train the first stage
 
@@ -165,44 +165,6 @@ def decoder(config: VQConfig) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def as_vectors(latents: Tensor) -> Tensor:
-    """(B, D, h, w) → (N, D), in row-major order of the cells."""
-    return latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
-
-
-def assign_codes(latents: Tensor, codebook: Tensor) -> Tensor:
-    """The nearest code at each cell: latents (B, D, h, w), codebook (K, D) → (B, h, w) int64."""
-    B, _, h, w = latents.shape
-    return nearest_code(as_vectors(latents.float()), codebook).view(B, h, w)
-
-
-def kmeans_plusplus(vectors: Tensor, count: int, centres: Tensor) -> Tensor:
-    """Draw `count` of the vectors (N, D) as further centres beside those given (M, D): (count, D).
-
-    Each with probability proportional to the squared distance to its nearest centre so far. Drawn uniformly,
-    most centres would fall where the vectors are dense, in pictures on the shades of an empty sky.
-    """
-    distance = torch.full((len(vectors),), 1e30, device=vectors.device)  # (N,) squared, to the nearest centre
-    if len(centres):
-        distance = (vectors - centres[nearest_code(vectors, centres)]).square().sum(1)
-    drawn = torch.empty(count, vectors.shape[1], device=vectors.device)
-    for i in range(count):
-        drawn[i] = vectors[torch.multinomial(distance.clamp(min=1e-12), 1)[0]]
-        distance = distance.minimum((vectors - drawn[i]).square().sum(1))
-    return drawn
-
-
-def kmeans(vectors: Tensor, count: int, iterations: int = 10) -> Tensor:
-    """Lloyd's algorithm: vectors (N, D) float32 → centres (count, D). An empty cluster keeps its centre."""
-    centres = kmeans_plusplus(vectors, count, centres=vectors[:0])  # (count, D)
-    for _ in range(iterations):
-        nearest = nearest_code(vectors, centres)  # (N,)
-        sizes = torch.bincount(nearest, minlength=count)[:, None]  # (count, 1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)  # (count, D)
-        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
-    return centres
-
-
 class Quantizer(nn.Module):
     """Vector quantization with a learned codebook (§2, [8]). Computes in float32, under autocast too."""
 
@@ -332,13 +294,3 @@ class Palette(nn.Module):
         return self.colours[codes].permute(0, 3, 1, 2)
 
     embed = decode  # the colours are the embedding
-
-
-def codebook_use(counts: Tensor) -> tuple[int, float]:
-    """Counts of each code (K,) → the number of codes used, and their perplexity exp(entropy), 1 to K."""
-    return int((counts > 0).sum()), math.exp(entropy(counts))
-
-
-def entropy(counts: Tensor) -> float:
-    """Entropy of the distribution that counts (K,) give, in nats: the unigram baseline of a prior's loss."""
-    return float(torch.special.entr(counts.double() / counts.sum()).sum())

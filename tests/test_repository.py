@@ -17,7 +17,7 @@ import train_vq
 ROOT = Path(__file__).resolve().parent.parent
 CODE = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("kernels/*.py"))
 SCRIPTS = {"train_vq": train_vq, "train_gpt": train_gpt, "sample": sample}
-LAYERS = ("kernels taming losses scenes files outputs", "vq gpt orderings run data", "stages",
+LAYERS = ("kernels taming losses scenes files outputs", "codebook", "vq gpt orderings run data", "stages",
           "train_vq train_gpt sample")
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules.split()}
 OUTSIDE = {"torch", "numpy", "PIL", "triton"} | set(sys.stdlib_module_names)

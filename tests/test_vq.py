@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vq as vq_file
+from codebook import codebook_use, entropy
 from vq import (VQ, AttentionBlock, Downsample, Palette, Quantizer, ResidualBlock, Upsample, VQConfig,
-                as_vectors, codebook_use, entropy, kmeans, kmeans_plusplus, norm_groups)
+                as_vectors, kmeans, kmeans_plusplus, norm_groups)
 
 THIN = VQConfig(3, 8, "1,2", 1, codebook_size=12, code_width=6)
 

@@ -1,0 +1,85 @@
+"""The codebook apart from its gradients: k-means initialization, dead codes, and the use of codes (§2).
+
+Symbols: B batch, h×w code grid, K codes, D code width, N = B·h·w vectors.
+"""
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels import nearest_code
+
+
+def as_vectors(latents: Tensor) -> Tensor:
+    """(B, D, h, w) → (N, D), in row-major order of the cells."""
+    return latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+
+
+def assign_codes(latents: Tensor, codebook: Tensor) -> Tensor:
+    """The nearest code at each cell: latents (B, D, h, w), codebook (K, D) → (B, h, w) int64."""
+    B, _, h, w = latents.shape
+    return nearest_code(as_vectors(latents.float()), codebook).view(B, h, w)
+
+
+def kmeans_plusplus(vectors: Tensor, count: int, centres: Tensor) -> Tensor:
+    """Draw `count` of the vectors (N, D) as further centres beside those given (M, D): (count, D).
+
+    Each with probability proportional to the squared distance to its nearest centre so far. Drawn uniformly,
+    most centres would fall where the vectors are dense, in pictures on the shades of an empty sky.
+    """
+    distance = torch.full((len(vectors),), 1e30, device=vectors.device)  # (N,) squared, to the nearest centre
+    if len(centres):
+        distance = (vectors - centres[nearest_code(vectors, centres)]).square().sum(1)
+    drawn = torch.empty(count, vectors.shape[1], device=vectors.device)
+    for i in range(count):
+        drawn[i] = vectors[torch.multinomial(distance.clamp(min=1e-12), 1)[0]]
+        distance = distance.minimum((vectors - drawn[i]).square().sum(1))
+    return drawn
+
+
+def kmeans(vectors: Tensor, count: int, iterations: int = 10) -> Tensor:
+    """Lloyd's algorithm: vectors (N, D) float32 → centres (count, D). An empty cluster keeps its centre."""
+    centres = kmeans_plusplus(vectors, count, centres=vectors[:0])  # (count, D)
+    for _ in range(iterations):
+        nearest = nearest_code(vectors, centres)  # (N,)
+        sizes = torch.bincount(nearest, minlength=count)[:, None]  # (count, 1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)  # (count, D)
+        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
+    return centres
+
+
+@torch.no_grad()
+def initialize_codebook(vq: nn.Module, batches: Iterable[Tensor], process: Any):
+    """K-means initialization from the encoder's outputs for batches of images (B, C, H, W)."""
+    vectors = [as_vectors(vq.latents(images)) for images in batches]  # (B·h·w, D) each
+    vq.quantizer.initialize(torch.cat(vectors))
+    if process.world > 1:  # sums on a GPU differ in the last bit from process to process
+        torch.distributed.broadcast(vq.quantizer.codebook.data, src=0)
+
+
+@torch.no_grad()
+def restart_dead_codes(vq: nn.Module, optimizer: torch.optim.Optimizer, uses: Tensor, images: Tensor,
+                       process: Any):
+    """Reinitialize dead codes, uses (K,) == 0, from the encoder's outputs, and reset Adam's moments."""
+    dead, codebook = process.total(uses) == 0, vq.quantizer.codebook  # (K,) and (K, D)
+    uses.zero_()
+    if dead.any():
+        vectors = as_vectors(process.gather(vq.latents(images)))  # (N, D) of all processes
+        if vectors.isfinite().all():  # else the run has diverged, and its log says so
+            vq.quantizer.restart(dead, vectors)
+        if process.world > 1:
+            torch.distributed.broadcast(codebook.data, src=0)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[codebook][moment][dead] = 0
+
+
+def codebook_use(counts: Tensor) -> tuple[int, float]:
+    """Counts of each code (K,) → the number of codes used, and their perplexity exp(entropy), 1 to K."""
+    return int((counts > 0).sum()), math.exp(entropy(counts))
+
+
+def entropy(counts: Tensor) -> float:
+    """Entropy of the distribution that counts (K,) give, in nats: the unigram baseline of a prior's loss."""
+    return float(torch.special.entr(counts.double() / counts.sum()).sum())
