@@ -104,7 +104,7 @@ def test_the_paper_preset_is_the_paper():
 
 
 def documented_commands() -> list[str]:
-    """Every `python script.py …` in the README, the results and the scripts' docstrings; `train …` of losses.sh."""
+    """Every `python script.py …` in README, results and docstrings; `train …` in losses.sh."""
     places = ("README.md", "results/*/README.md", "results/*/*.sh", "*.py")
     texts = [re.sub(r" *\\\n *", " ", path.read_text()) for place in places for path in ROOT.glob(place)]
     texts = [re.sub(r"^( *)train(?= --)", r"\1python train_vq.py", text, flags=re.MULTILINE) for text in texts]
