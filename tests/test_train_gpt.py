@@ -155,8 +155,8 @@ def test_a_diverged_run_ends_in_a_sentence_before_it_is_sampled_from_or_saved(
 
 def test_two_processes_compute_what_one_does(pictures, first_stage, tmp_path):
     def flags(name: str) -> list[str]:
-        return [*gpt_flags(pictures, first_stage, tmp_path / name), *"--dropout 0 --steps 8 --views 2".split(),
-                "--codes-dir", str(tmp_path / f"codes-{name}")]
+        return [*gpt_flags(pictures, first_stage, tmp_path / name), "--codes-dir",
+                str(tmp_path / f"codes-{name}"), *"--dropout 0 --steps 8 --views 2".split()]
 
     one = load_checkpoint(train_gpt.main(flags("one")), "gpt")["model"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
