@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import run
 import train_gpt
-from helpers import ALONE
 from outputs import claim, describe_data, load_checkpoint, save_checkpoint, set_random_state
+from helpers import ALONE
 
 DEMO = train_gpt.PRESETS["demo"]
 
@@ -80,9 +81,9 @@ def try_to_claim(folder: Path) -> str:
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     folder = tmp_path / "new" / "run"
     with multiprocessing.get_context("fork").Pool(1) as other:
-        lock = claim(folder, 0)
+        log = run.Log(dataclasses.replace(DEMO, out=str(folder)), ALONE, 0, "tokens", 1)  # holds the lock
         assert f"another process is training in {folder}: wait" in other.apply(try_to_claim, [folder])
-        lock.close()
+        del log
         assert other.apply(try_to_claim, [folder]) == "claimed"
 
 

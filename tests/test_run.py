@@ -33,29 +33,23 @@ def test_the_learning_rate_is_constant_or_warms_up_and_falls_along_a_cosine_to_a
     assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0]
 
 
-def test_flags_override_the_preset_and_nothing_else():
+def test_flags_override_the_preset_and_nothing_else_and_help_explains_them(capsys):
     config, checkpoint = run.configure(train_gpt.PRESETS, ["--order", "zcurve", "--lr", "0.5", "--no-decay"])
     assert config == dataclasses.replace(DEMO, order="zcurve", lr=0.5, decay=False) and checkpoint is None
     assert run.configure(train_vq.PRESETS, ["--preset", "paper"])[0] == train_vq.TrainConfig()
     with pytest.raises(run.UsageError, match="unrecognized arguments: --ord row"):  # no abbreviations
         run.parse_flags(train_gpt.PRESETS, ["--ord", "row"])
-
-
-def test_help_shows_meaning_and_every_presets_value(capsys):
     with pytest.raises(SystemExit):
         run.parse_flags(train_vq.PRESETS, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--codebook-size int K, codes to choose from, §A.1 [demo 256, cifar10 1024, paper 1024]" in text
 
 
-def test_values_that_no_run_can_have_are_refused():
+def test_values_and_devices_that_no_run_can_have_are_refused(monkeypatch):
     for name, value in [("steps", 0), ("batch_size", 0), ("log_every", 0), ("seed", 2**63), ("seed", -1),
                         ("lr", math.inf), ("lr", math.nan), ("beta1", 1.0), ("beta2", -0.1), ("workers", -2)]:
         with pytest.raises(ValueError, match=f"^{name} is {value}; it must"):
             dataclasses.replace(DEMO, **{name: value})
-
-
-def test_a_device_that_cannot_train_is_refused_and_a_batch_that_cannot_be_shared(monkeypatch):
     for device in ("tpu9", "meta"):
         with pytest.raises(run.UsageError, match=f"device is '{device}'"):
             run.start(dataclasses.replace(DEMO, device=device))
@@ -77,9 +71,6 @@ def test_numbers_are_printed_with_units():
     assert [run.duration(x) for x in (3600, 90_061)] == ["1h00m", "25h01m"]
 
 
-# the loop's schedule
-
-
 def test_what_is_due_after_each_step():
     config = dataclasses.replace(DEMO, steps=13, log_every=3, eval_every=4, checkpoint_every=5)
     due = dict(run.steps(config, ALONE, 2))
@@ -90,10 +81,19 @@ def test_what_is_due_after_each_step():
     assert list(run.steps(config, ALONE, 13)) == []
 
 
-def test_a_signal_is_noted_and_the_next_step_saves_and_ends_the_run(tmp_path):
+@pytest.fixture
+def handled():
+    """The signals as an interactive shell leaves them: a run in the background would ignore SIGINT."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    yield numbers
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+def test_a_signal_is_noted_and_the_next_step_saves_and_ends_the_run(tmp_path, handled):
     config = dataclasses.replace(DEMO, steps=9, out=str(tmp_path), log_every=99, checkpoint_every=99)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        before = signal.getsignal(number)
+    for number in handled:
         for at, saved, sentence in [(3, [4], "stopped after step 4 of 9; .*pt is saved, --resume goes on"),
                                     (8, [9], "stopped after the last"), (9, [9], "stopped after the last")]:
             seen = []
@@ -102,13 +102,12 @@ def test_a_signal_is_noted_and_the_next_step_saves_and_ends_the_run(tmp_path):
                     seen += [step] if due.save else []
                     if step == at:
                         os.kill(os.getpid(), number)
-            assert seen == saved and signal.getsignal(number) == before
+            assert seen == saved and signal.getsignal(number) == signal.default_int_handler
     with pytest.raises(KeyboardInterrupt):  # a second one stops at once
         for step, _ in run.steps(config, ALONE, 0):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
             pytest.fail("the second signal was noted only")
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def test_processes_stop_at_the_same_step_and_ask_each_other_only_at_every_tenth():
@@ -123,15 +122,11 @@ def test_processes_stop_at_the_same_step_and_ask_each_other_only_at_every_tenth(
     assert seen == [20]
 
 
-def test_a_signal_that_is_ignored_stays_ignored():
-    """nohup ignores SIGHUP, so that a run outlives its terminal."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with run.deferred_signals() as received:
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert received == []
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_a_signal_that_is_ignored_stays_ignored(handled):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # by nohup, so that a run outlives its terminal
+    with run.deferred_signals() as received:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert received == []
 
 
 def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
@@ -154,9 +149,6 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="a mistake of ours"):  # needs its traceback
         error = RuntimeError("a mistake of ours")
         run.command_line(main)
-
-
-# the log
 
 
 def open_log(folder, first_step: int = 0, units: int = 5) -> run.Log:
@@ -204,17 +196,12 @@ def test_a_log_that_cannot_be_written_says_so(tmp_path):
         log.line(1, "", {})
 
 
-# pictures
-
-
-def test_pixels_round_to_the_nearest_level_and_clamp():
+def test_pixels_round_and_clamp_and_a_grid_has_each_picture_where_reading_order_puts_it():
     images = torch.tensor([-1.0, 1.0, 0.0, -3.0, 3.0, 100 / 127.5 - 1]).view(6, 1, 1, 1)
     assert to_pixels(images).flatten().tolist() == [0, 255, 128, 0, 255, 100]
     levels = torch.arange(256).view(1, 1, 16, 16)
     assert to_pixels(levels / 127.5 - 1).flatten().tolist() == list(range(256))
 
-
-def test_a_picture_grid_puts_each_picture_where_reading_order_does():
     images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     grid = np.asarray(picture_grid(images, columns=3, side=16))  # each enlarged twice, 2 pixels between
     assert grid.shape == (16 + 2 + 16, 16 + 2 + 16 + 2 + 16, 3)
