@@ -2,10 +2,9 @@
 
 `dataset[index, key]` is a dict of the fields that a data set was opened for: image and pose (3, S, S) uint8,
 segmentation (S, S) uint8, 255 where a pixel has no label, depth (S, S) float32 in [−1, 1], class int64. It
-has `len()`, `classes` (names; () unless "class" was asked for), `segments()` (labels that the masks have),
-`fingerprint()` (changes with all that the arrays depend on) and `digest()` (with names and sizes of files
-only, for a folder may be moved). Training batch number n is a pure function of the seed and n: an interrupted
-run goes on with the batch it would have seen, whatever the number of worker processes.
+has `len()`, `classes` (names, if "class" was asked for), `segments()` (labels of the masks), `fingerprint()`
+(of all that the arrays depend on) and `digest()` (of names and sizes of files). Training batch number n is a
+pure function of the seed and n, whatever the number of worker processes and interruptions.
 
 Symbols: B batch, C channels, H×W pixels, N pictures, S = size.
 """
@@ -303,8 +302,7 @@ def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device,
          workers: int) -> Iterator[dict[str, Tensor]]:
     """The fields of each batch of an order on the device, (B, ...), still of the data set's types."""
     batches = DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=device.type == "cuda",
-                         worker_init_fn=ignore_signals,
-                         generator=torch.Generator())  # its own: must not advance the run's random state
+                         worker_init_fn=ignore_signals, generator=torch.Generator())  # not the run's own
     if workers:
         atexit.unregister(kill_workers)
         atexit.register(kill_workers)
@@ -341,9 +339,8 @@ def as_pictures(inputs: Tensor, field: str) -> Tensor:
     """Inputs or outputs (B, C, H, W) to look at, in [−1, 1]: a colour for each label, black for none."""
     if field != "segmentation":
         return inputs
-    # Neighbouring labels get hues far apart: the golden angle.
     colours = torch.tensor([colorsys.hsv_to_rgb(0.381966 * i % 1, 0.4 + 0.2 * (i % 4), 1 - 0.15 * (i % 3))
-                            for i in range(inputs.shape[1])], device=inputs.device)  # (C, 3)
+                            for i in range(inputs.shape[1])], device=inputs.device)  # (C, 3), by the golden angle
     pictures = 2 * colours[inputs.argmax(1)].permute(0, 3, 1, 2) - 1  # (B, H, W) → (B, 3, H, W)
     return torch.where(inputs.any(1, keepdim=True), pictures, -1.0)
 

@@ -70,8 +70,7 @@ def override(config: Any, flags: dict[str, Any]) -> Any:
 def parse_flags(presets: dict[str, Any], argv: list[str] | None) -> dict[str, Any]:
     """The fields that the command line names: type from annotation, help from comment. Raises UsageError."""
     config_class = type(presets["demo"])
-    source = inspect.getsource(config_class)
-    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.MULTILINE))
+    comments = dict(re.findall(r"(?m)^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(config_class)))
     parser = argparse.ArgumentParser(
         description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,7 +108,7 @@ def check_at_least(config: Any, minimum: float, *names: str):
 def check_training(config: Any):
     """What both training scripts ask of the flags that they share. Raises ValueError."""
     check_at_least(config, 1, "steps", "batch_size", "log_every", "eval_every", "checkpoint_every")
-    check_at_least(config, 0, "seed", "lr", "warmup_steps")
+    check_at_least(config, 0, "warmup_steps")
     check_at_least(config, -1, "workers")
     for name, end in (("beta1", 1), ("beta2", 1), ("lr", math.inf), ("seed", 2**63)):
         if not 0 <= getattr(config, name) < end:
@@ -232,9 +231,8 @@ def deferred_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGHUP
-    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup's
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))
+               if number and signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
     before = [signal.signal(number, note) for number in numbers]
     try:
         yield received
@@ -251,12 +249,10 @@ def command_line(main: Callable[[], None]):
     except KeyboardInterrupt as error:
         status, message = 130, str(error) or "interrupted; what was written so far is intact"
     except UsageError as error:
-        status = 2
-        message = str(error) if os.environ.get("RANK", "0") == "0" else None  # every process has the same one
+        status, message = 2, str(error) if os.environ.get("RANK", "0") == "0" else None  # all have the same
     except (ValueError, OSError) as error:
         # An error in a worker process arrives with that process's traceback in front of the sentence.
-        status, message = 1, str(error).strip().splitlines()[-1]
-        message = message.removeprefix("ValueError: ").removeprefix("FileNotFoundError: ")
+        status, message = 1, re.sub(r"^\w+Error: ", "", str(error).strip().splitlines()[-1])
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate" not in str(error):
             raise
@@ -273,10 +269,9 @@ class Log:
 
     def __init__(self, config: Any, process: Process, first_step: int, unit: str, units_per_step: int):
         self.path, self.process, self.steps = config.folder / "log.jsonl", process, config.steps
-        self.unit, self.units_per_step = unit, units_per_step
+        self.unit, self.units_per_step, self.sums, self.counts = unit, units_per_step, {}, {}
         self.began = self.last = time.perf_counter()
         self.first_step = self.last_step = first_step
-        self.sums, self.counts = {}, {}
         if process.rank == 0:
             self.lock = claim(config.folder, first_step)
 
@@ -301,8 +296,12 @@ class Log:
         yield
         self.last += time.perf_counter() - began
 
-    def elapsed(self) -> str:
-        return duration(time.perf_counter() - self.began)
+    def finish(self, picture_path: Path | None) -> Path:
+        """Print the last line; returns the path of the checkpoint."""
+        path, seconds = self.path.with_name("checkpoint.pt"), time.perf_counter() - self.began
+        if self.process.rank == 0:
+            print(f"done in {duration(seconds)} · {path} · {picture_path or 'no step was left'}")
+        return path
 
     def line(self, step: int, text: str, values: dict):
         """Print `step … · text · speed · memory · time left`, and append the values to log.jsonl."""
@@ -327,13 +326,11 @@ def check_finite(losses: dict[str, float]):
     """Raises ValueError, before anything is drawn or saved, if a run has diverged."""
     for name, value in losses.items():
         if not math.isfinite(value):
-            raise ValueError(f"the {name} loss became {value}: go on from the last checkpoint with "
-                             "--resume and a lower --lr")
+            raise ValueError(f"the {name} loss became {value}: resume from the last checkpoint with a lower --lr")
 
 
 def si(number: float) -> str:
-    thousands = f"{number / 1e3:.1f}k" if number >= 1e3 else f"{number:.0f}"
-    return f"{number / 1e6:.1f}M" if number >= 1e6 else thousands
+    return f"{number:.0f}" if number < 1e3 else f"{number / 1e3:.1f}k" if number < 1e6 else f"{number / 1e6:.1f}M"
 
 
 def duration(seconds: float) -> str:

@@ -161,7 +161,6 @@ def main(argv: list[str] | None = None) -> Path:
     order = data.training_order(count, config.batch_size, config.seed, first_step, rank, world)
     log = run.Log(config, process, first_step, "tokens", config.batch_size * T)
     scores, samples_path = {}, None
-
     for step, due in run.steps(config, process, first_step):
         lr = run.set_learning_rate(optimizer, config, step)
         index = [index for index, _ in next(order)]
@@ -191,10 +190,7 @@ def main(argv: list[str] | None = None) -> Path:
         if due.save:
             save_checkpoint(config, process, step, prior.state() | {"optimizer": optimizer.state_dict()})
 
-    path = config.folder / "checkpoint.pt"
-    if rank == 0:
-        print(f"done in {log.elapsed()} · {path} · {samples_path or 'no step was left'}")
-    return path
+    return log.finish(samples_path)
 
 
 def open_stages(config: TrainConfig, checkpoint: dict | None, process: run.Process) -> Stages:

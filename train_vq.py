@@ -132,7 +132,7 @@ class TrainConfig:
             (self.one_hot, "perceptual discriminator_weight", "masks are trained with cross-entropy alone"),
             (not self.perceives, "perceptual_weights perceptual_weight", "there is no --perceptual loss"),
             (not self.adversarial, "discriminator_start discriminator_ramp discriminator_layers",
-             "there is no discriminator; add --discriminator-weight 0.1")]
+             "there is no --discriminator-weight")]
 
 
 PRESETS = {
@@ -156,7 +156,6 @@ def main(argv: list[str] | None = None) -> Path:
     process = run.start(config)
     device, rank, world = process
 
-    # The pictures, masks, depth maps or poses to be coded.
     preparation = data.Preparation(config.image_size, (config.target,), config.flip, config.upscale,
                                    config.void_label, config.segments)
     training, validation = (data.open_dataset(config.data, config.data_dir, split, preparation)
@@ -183,11 +182,10 @@ def main(argv: list[str] | None = None) -> Path:
             adversary.load_state_dict(checkpoint["adversary"], first_step)
         set_random_state(checkpoint["random"])
     else:
-        # Of enough pictures for 16 vectors a code.
-        cells = (config.image_size // model_config.downsampling) ** 2
-        order = itertools.islice(data.training_order(len(training), config.batch_size, config.seed),
-                                 16 * config.codebook_size // cells // config.batch_size + 1)
-        initialize_codebook(vq, load_inputs(training, order, config, channels, device), process)
+        vectors = config.batch_size * (config.image_size // model_config.downsampling) ** 2  # a batch
+        order = data.training_order(len(training), config.batch_size, config.seed)
+        enough = itertools.islice(order, 16 * config.codebook_size // vectors + 1)  # 16 vectors a code
+        initialize_codebook(vq, load_inputs(training, enough, config, channels, device), process)
 
     if rank == 0:
         S, side = config.image_size, config.image_size // model_config.downsampling
@@ -199,7 +197,6 @@ def main(argv: list[str] | None = None) -> Path:
     batches = load_inputs(training, order, config, channels, device)
     log = run.Log(config, process, first_step, "images", config.batch_size)
     scores, picture_path = {}, None
-
     for step, due in run.steps(config, process, first_step):
         lr = run.set_learning_rate(optimizer, config, step)
         images = next(batches)  # (B, C, H, W)
@@ -245,10 +242,7 @@ def main(argv: list[str] | None = None) -> Path:
                 "preparation": asdict(preparation), "trained_on": trained_on, "uses": uses,
                 "optimizer": optimizer.state_dict(), "adversary": adversary and adversary.state_dict()})
 
-    path = config.folder / "checkpoint.pt"
-    if rank == 0:
-        print(f"done in {log.elapsed()} · {path} · {picture_path or 'no step was left'}")
-    return path
+    return log.finish(picture_path)
 
 
 def load_inputs(dataset, order: Iterable, config: TrainConfig, channels: int,
