@@ -340,7 +340,7 @@ def as_pictures(inputs: Tensor, field: str) -> Tensor:
     if field != "segmentation":
         return inputs
     colours = torch.tensor([colorsys.hsv_to_rgb(0.381966 * i % 1, 0.4 + 0.2 * (i % 4), 1 - 0.15 * (i % 3))
-                            for i in range(inputs.shape[1])], device=inputs.device)  # (C, 3), by the golden angle
+                            for i in range(inputs.shape[1])], device=inputs.device)  # (C, 3)
     pictures = 2 * colours[inputs.argmax(1)].permute(0, 3, 1, 2) - 1  # (B, H, W) → (B, 3, H, W)
     return torch.where(inputs.any(1, keepdim=True), pictures, -1.0)
 

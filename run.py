@@ -108,9 +108,8 @@ def check_at_least(config: Any, minimum: float, *names: str):
 def check_training(config: Any):
     """What both training scripts ask of the flags that they share. Raises ValueError."""
     check_at_least(config, 1, "steps", "batch_size", "log_every", "eval_every", "checkpoint_every")
-    check_at_least(config, 0, "warmup_steps")
     check_at_least(config, -1, "workers")
-    for name, end in (("beta1", 1), ("beta2", 1), ("lr", math.inf), ("seed", 2**63)):
+    for name, end in (("beta1", 1), ("beta2", 1), ("lr", math.inf), ("warmup_steps", 1e12), ("seed", 2**63)):
         if not 0 <= getattr(config, name) < end:
             raise ValueError(f"{name} is {getattr(config, name)}; it must lie in [0, {end})")
 
@@ -326,11 +325,12 @@ def check_finite(losses: dict[str, float]):
     """Raises ValueError, before anything is drawn or saved, if a run has diverged."""
     for name, value in losses.items():
         if not math.isfinite(value):
-            raise ValueError(f"the {name} loss became {value}: resume from the last checkpoint with a lower --lr")
+            raise ValueError(f"the {name} loss became {value}: go on with --resume and a lower --lr")
 
 
 def si(number: float) -> str:
-    return f"{number:.0f}" if number < 1e3 else f"{number / 1e3:.1f}k" if number < 1e6 else f"{number / 1e6:.1f}M"
+    thousands = f"{number / 1e3:.1f}k" if number < 1e6 else f"{number / 1e6:.1f}M"
+    return f"{number:.0f}" if number < 1e3 else thousands
 
 
 def duration(seconds: float) -> str:
