@@ -92,14 +92,16 @@ def test_a_run_goes_on_longer_elsewhere_and_with_its_own_first_stage(
 
 
 def test_classes_that_changed_do_not_go_on(first_stage, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "pictures"
-    for i, name in enumerate(("a", "c") * 20):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), (i, 0, 0)).save(folder / name / f"{i}.png")
-    flags = [*gpt_flags(folder, first_stage, tmp_path / "run"), "--condition", "class"]
-    assert load_checkpoint(train_gpt.main([*flags, "--steps", "1"]), "gpt")["trained_on"]["classes"] == ["a", "c"]
-    (folder / "b").mkdir()
-    Image.new("RGB", (16, 16)).save(folder / "b" / "1.png")
+    def save(name: str, number: int):
+        path = tmp_path / "pictures" / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(path)
+
+    for i in range(40):
+        save("ac"[i % 2], i)
+    flags = [*gpt_flags(tmp_path / "pictures", first_stage, tmp_path / "run"), "--condition", "class"]
+    assert load_checkpoint(train_gpt.main([*flags, "--steps", "1"]), "gpt")["classes"] == ("a", "c")
+    save("b", 1)
     status, _, errors = shell("train_gpt.py", [*flags, "--steps", "2", "--resume"], monkeypatch, capsys)
     assert status == 1 and "classes" in errors
 
