@@ -13,12 +13,7 @@ import run
 from helpers import ROOT, SCRIPTS
 
 CODE = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("kernels/*.py"))
-<<<<<<< HEAD
-SCRIPTS = {"train_vq": train_vq, "train_gpt": train_gpt, "sample": sample}
 LAYERS = ("kernels taming losses scenes files outputs", "codebook", "vq gpt orderings run data", "stages",
-=======
-LAYERS = ("kernels taming losses scenes files checkpoints", "vq gpt orderings run data", "stages",
->>>>>>> wip-tests-run
           "train_vq train_gpt sample")
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules.split()}
 OUTSIDE = {"torch", "numpy", "PIL", "triton"} | set(sys.stdlib_module_names)

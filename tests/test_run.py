@@ -193,23 +193,3 @@ def test_a_log_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"log.jsonl could not be written \(No space left on device\)"):
         log.line(1, "", {})
-<<<<<<< HEAD
-
-
-def test_pixels_round_and_clamp_and_a_grid_has_each_picture_where_reading_order_puts_it():
-    images = torch.tensor([-1.0, 1.0, 0.0, -3.0, 3.0, 100 / 127.5 - 1]).view(6, 1, 1, 1)
-    assert to_pixels(images).flatten().tolist() == [0, 255, 128, 0, 255, 100]
-    levels = torch.arange(256).view(1, 1, 16, 16)
-    assert to_pixels(levels / 127.5 - 1).flatten().tolist() == list(range(256))
-
-    images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    grid = np.asarray(picture_grid(images, columns=3, side=16))  # each enlarged twice, 2 pixels between
-    assert grid.shape == (16 + 2 + 16, 16 + 2 + 16 + 2 + 16, 3)
-    pixels = to_pixels(images)
-    for i in range(5):
-        for y in range(16):
-            for x in range(16):
-                assert (grid[i // 3 * 18 + y, i % 3 * 18 + x] == pixels[i, y // 2, x // 2]).all()
-    assert (grid[18:, 36:] == 255).all() and (grid[16:18] == 255).all()  # no sixth picture; the gap
-=======
->>>>>>> wip-tests-run

@@ -58,9 +58,9 @@ def test_one_checkpoint_becomes_a_grid_or_numbered_files(draw):
     assert torch.equal(draw(prior, f"{flags} files"), tokens)
     assert not torch.equal(draw(prior, f"{flags} c.jpg --seed 1"), tokens)
     assert Image.open("c.jpg").format == "JPEG" and pixels("c.jpg").shape == (3 * 98 - 2, 2 * 98 - 2, 3)
-    assert np.array_equal(pixels("a.png"), np.asarray(data.picture_grid(shown(prior, tokens), columns=2)))
+    assert np.array_equal(pixels("a.png"), np.asarray(picture_grid(shown(prior, tokens), columns=2)))
     assert sorted(path.name for path in Path("files").iterdir()) == [f"{i:06d}.png" for i in range(6)]
-    for i, picture in enumerate(data.to_pixels(shown(prior, tokens))):
+    for i, picture in enumerate(to_pixels(shown(prior, tokens))):
         assert np.array_equal(pixels(f"files/{i:06d}.png"), picture)
     with pytest.raises(run.UsageError, match="files is not empty"):
         draw(prior, f"{flags} files")
@@ -85,12 +85,8 @@ def test_numbered_samples_follow_the_validation_conditions_with_the_condition_be
         random = seeded(0)
         expected = [prior.sample(len(part), part, None, Sampling(), random) for part in condition.split(2)]
         assert torch.equal(tokens, torch.cat(expected))
-<<<<<<< HEAD
-        shown = to_pixels(prior.image.decode(prior.layout.grids(tokens)[0]))
-=======
->>>>>>> wip-tests-run
         for i, value in enumerate(values):
-            assert np.array_equal(pixels(f"{kind}/{i:06d}.png"), data.to_pixels(shown(prior, tokens))[i])
+            assert np.array_equal(pixels(f"{kind}/{i:06d}.png"), to_pixels(shown(prior, tokens))[i])
             if kind == "class":
                 continue
             beside = pixels(f"{kind}/{i:06d}-condition.png")
@@ -111,12 +107,7 @@ def test_classes_by_name_and_number_are_rows_and_guidance_is_heard(draw):
         expected = [prior.sample(len(part), part, None, Sampling(guidance=guidance), random)
                     for part in labels.split(3)]
         assert torch.equal(tokens, torch.cat(expected))
-<<<<<<< HEAD
-    grid = picture_grid(prior.image.decode(prior.layout.grids(tokens)[0]), columns=2)
-    assert np.array_equal(pixels("samples.png"), np.asarray(grid))
-=======
-    assert np.array_equal(pixels("samples.png"), np.asarray(data.picture_grid(shown(prior, tokens), 2)))
->>>>>>> wip-tests-run
+    assert np.array_equal(pixels("samples.png"), np.asarray(picture_grid(shown(prior, tokens), 2)))
 
 
 def test_a_condition_file_or_folder_is_a_row_behind_itself(draw, tmp_path):
@@ -130,13 +121,8 @@ def test_a_condition_file_or_folder_is_a_row_behind_itself(draw, tmp_path):
     condition = prior.stages["segmentation"].encode(values).repeat_interleave(3, 0)
     assert torch.equal(tokens, prior.sample(6, condition, None, Sampling(), seeded(0)))
     left = data.as_pictures(data.as_input(values, "segmentation", 8), "segmentation")
-<<<<<<< HEAD
-    shown = picture_grid(torch.cat([left[1:], prior.image.decode(prior.layout.grids(tokens[3:])[0])]), 4)
-    assert np.array_equal(pixels("samples.png")[-96:], np.asarray(shown))
-=======
-    second = data.picture_grid(torch.cat([left[1:], shown(prior, tokens[3:])]), columns=4)
+    second = picture_grid(torch.cat([left[1:], shown(prior, tokens[3:])]), columns=4)
     assert np.array_equal(pixels("samples.png")[-96:], np.asarray(second))
->>>>>>> wip-tests-run
     assert torch.equal(draw(prior, "--condition masks/0.png --count 3"),
                        prior.sample(3, condition[:3], None, Sampling(), seeded(0)))
 
@@ -184,13 +170,8 @@ def test_larger_pictures_are_whole_multiples_above_the_training_size(draw, monke
     prior = build()
     draw(prior, "--size 8x12 --count 2 --out wide")
     grid = prior.sample_window(2, 4, 6, None, Sampling(), seeded(0))
-<<<<<<< HEAD
-    for i, shown in enumerate(to_pixels(prior.image.decode(grid))):
-        assert np.array_equal(pixels(f"wide/{i:06d}.png"), shown)
-=======
-    for i, picture in enumerate(data.to_pixels(prior.image.decode(grid))):
+    for i, picture in enumerate(to_pixels(prior.image.decode(grid))):
         assert np.array_equal(pixels(f"wide/{i:06d}.png"), picture)
->>>>>>> wip-tests-run
     for flags in ("--size 9x12", "--size 4x4", "--size 8x12 --animate a.gif"):
         flags = ["--checkpoint", save(prior), "--device", "cpu", *flags.split()]
         status, _, errors = shell("sample.py", flags, monkeypatch, capsys)

@@ -100,7 +100,7 @@ def test_classes_that_changed_do_not_go_on(first_stage, tmp_path, monkeypatch, c
     for i in range(40):
         save("ac"[i % 2], i)
     flags = [*gpt_flags(tmp_path / "pictures", first_stage, tmp_path / "run"), "--condition", "class"]
-    assert load_checkpoint(train_gpt.main([*flags, "--steps", "1"]), "gpt")["classes"] == ("a", "c")
+    assert load_checkpoint(train_gpt.main([*flags, "--steps", "1"]), "gpt")["trained_on"]["classes"] == ["a", "c"]
     save("b", 1)
     status, _, errors = shell("train_gpt.py", [*flags, "--steps", "2", "--resume"], monkeypatch, capsys)
     assert status == 1 and "classes" in errors
