@@ -10,10 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-import run
-from gpt import GPT, GPTConfig
-from orderings import ORDERINGS, ranks, roll_up
-from vq import VQ, VQConfig
+from orderings import ORDERINGS, ranks
+from outputs import save_picture, to_pixels
+from stages import Prior
 
 SIDE, GAP, ROWS = 128, 12, 5
 
@@ -39,18 +38,10 @@ def rank_grid(order: str) -> Image.Image:
 
 def samples(path: str) -> tuple[str, list[Image.Image]]:
     """The order of a checkpoint of train_gpt.py, and its first pictures with seed 0."""
-    checkpoint = run.load_checkpoint(path, "gpt")
-    gpt = GPT(GPTConfig(**checkpoint["model_config"]))
-    gpt.load_state_dict(checkpoint["model"])
-    vq = VQ(VQConfig(**checkpoint["first_stage"]["model_config"]))
-    vq.load_state_dict(checkpoint["first_stage"]["model"])
-    order, (h, w) = checkpoint["config"]["order"], checkpoint["grid"]
-    start_token = vq.config.codebook_size
-    tokens = gpt.generate(torch.full((ROWS, 1), start_token), h * w, sampled_tokens=start_token,
-                          generator=torch.Generator().manual_seed(0))
-    images = vq.decode(roll_up(tokens[:, 1:], ORDERINGS[order](h, w), h, w))
-    pictures = [Image.fromarray(pixels) for pixels in run.to_pixels(images)]
-    return order, [picture.resize((SIDE, SIDE), Image.Resampling.NEAREST) for picture in pictures]
+    prior = Prior.load(path, torch.device("cpu"))
+    images = prior.pictures(prior.sample(ROWS, generator=torch.Generator().manual_seed(0)))
+    pictures = [Image.fromarray(pixels) for pixels in to_pixels(images)]
+    return prior.layout.order, [picture.resize((SIDE, SIDE), Image.Resampling.NEAREST) for picture in pictures]
 
 
 def main():
@@ -65,7 +56,7 @@ def main():
         figure.paste(rank_grid(order), (i * step, 24))
         for row, picture in enumerate(pictures):
             figure.paste(picture, (i * step, 24 + SIDE + 2 * GAP + row * step))
-    run.save_picture(figure, Path(out))
+    save_picture(figure, Path(out))
 
 
 if __name__ == "__main__":
