@@ -84,9 +84,9 @@ class PerceptualLoss(nn.Module):
         try:
             self.load_state_dict(weights, assign=True)
         except RuntimeError as error:  # a title, then a line for each kind of problem
-            problem = str(error).split("\n\t")[1].strip()
+            problem = str(error).split("\n\t")[1].strip(". ")
             raise ValueError(f"{' and '.join(map(str, files))} cannot be the LPIPS weights of {backbone}: "
-                             f"{problem} To do: {ADVICE}") from None
+                             f"{problem}; {ADVICE}") from None
         self.requires_grad_(False)
         self.eval()
 

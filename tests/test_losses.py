@@ -129,13 +129,14 @@ def test_lpips_is_a_fixed_metric_0_for_equal_images_and_of_grey_as_three_equal_c
     assert alexnet.train() is alexnet and not any(weight.requires_grad for weight in outer.parameters())
 
 
-def test_where_no_feature_is_active_the_gradient_of_lpips_is_finite(tmp_path):
+def test_where_no_feature_is_active_lpips_is_0_and_its_gradient_finite(tmp_path):
     dead = {name: -1.0 * torch.ones_like(weight) if name.endswith("bias") else torch.zeros_like(weight)
             for name, weight in random_weights("alexnet").items()}  # unit vectors are 0/0
     torch.save(dead, tmp_path / "dead.pth")
     images = pictures().requires_grad_()
-    PerceptualLoss(tmp_path / "dead.pth", "alexnet")(images, pictures()).sum().backward()
-    assert images.grad.isfinite().all()
+    distances = PerceptualLoss(tmp_path / "dead.pth", "alexnet")(images, pictures())
+    distances.sum().backward()
+    assert distances.tolist() == [0, 0] and images.grad.isfinite().all()
 
 
 def test_images_of_another_range_or_size_are_refused_but_not_a_decoders_in_training(files, alexnet):
@@ -360,12 +361,13 @@ def test_image_loss_and_generator_loss_are_their_formulas_and_backpropagate_thro
 
 
 def test_two_processes_with_the_same_images_have_the_numbers_of_one(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))  # as if
+    reduced = []  # as if another process had the same gradients
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: reduced.append(tensor.mul_(2)))
     alone, together, fakes = adversary(), adversary(world=2), pictures(2, 8, 3).requires_grad_()
     together.load_state_dict(copy.deepcopy(alone.state_dict()), step=0)
     factors = [opponent.generator_loss(fakes.sum() / 1e6, fakes, fakes, 1)[1].item()
                for opponent in (alone, together)]
-    assert factors[0] == pytest.approx(factors[1], rel=1e-5)
+    assert factors[0] == pytest.approx(factors[1], rel=1e-5) and len(reduced) == 1
     images = pictures(2, 8)
     for opponent in (alone, together):
         opponent.train_step(images, fakes, 0.01)
