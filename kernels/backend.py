@@ -23,39 +23,48 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def float32_precision(device: torch.device) -> str:
-    """How `tl.dot` multiplies float32: 3xTF32 on tensor cores (NVIDIA since Ampere) is as exact as IEEE."""
-    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
-        return "ieee"
-    return "tf32x3"
+def has_tf32(device: torch.device) -> bool:
+    """Whether tensor cores there multiply TF32: NVIDIA GPUs since Ampere."""
+    return (device.type == "cuda" and torch.version.hip is None
+            and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes 3 µs a call."""
+    return -(-a // b)
 
 
 def compare(title: str, forms: dict, flops: float, bytes_moved: float, tensor_cores: str):
-    """Time several functions that do the same and print a line each; `tensor_cores` is "tf32x3" or "16 bit".
+    """Time several functions that do the same and print a line each; `tensor_cores` is "3xTF32" or "16 bit".
 
-    On a GPU: medians with a cold cache (triton's timer), rates, the share of that time which the GPU needs at
-    the attainable rate of its arithmetic or memory, and the memory taken. Without one: ratios to the fastest.
+    On a GPU: memory taken, median of a call from Python, that of its kernels alone (a replayed CUDA graph),
+    the latter's rate, and the share of it that the GPU needs at its attainable rate of arithmetic or memory.
+    Without one: ratios to the fastest. A form that cannot run is named.
     """
-    medians, taken = {}, {}
+    on_gpu, lines, times = torch.cuda.is_available(), {}, {}
     for name, function in forms.items():
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            medians[name] = triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median") / 1e3
-            taken[name] = torch.cuda.max_memory_allocated() - before
-        else:
-            medians[name] = Timer("function()", globals={"function": function}).blocked_autorange().median
-    fastest = min(medians.values())
-    for name, time in medians.items():
-        line = f"{title:42} {name:28} {time / fastest:6.2f}×"
-        if torch.cuda.is_available():
-            line += f" {1e6 * time:10.1f} µs {flops / time / 1e12:7.1f} TFLOP/s"
-            line += f" {bytes_moved / time / 1e9:7.0f} GB/s"
+        try:
+            function()  # compiles
+            timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+            times[name] = timer.blocked_autorange().median
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                function()
+                lines[name] = f" {(torch.cuda.max_memory_allocated() - before) / 2 ** 20:8.1f} MiB"
+                lines[name] += f" {1e6 * times[name]:9.1f} µs eager"
+                times[name] = triton.testing.do_bench_cudagraph(function, return_mode="median") / 1e3
+        except RuntimeError as error:
+            times.pop(name, None)
+            print(f"{title:42} {name:28} {str(error).splitlines()[0]}")
+    for name, time in times.items():
+        line = f"{title:42} {name:28} {time / min(times.values()):6.2f}×"
+        if on_gpu:
+            line += f"{lines[name]} {1e6 * time:9.1f} µs graph {flops / time / 1e12:7.1f} TFLOP/s"
             for rates in (ATTAINABLE[gpu] for gpu in ATTAINABLE if gpu in torch.cuda.get_device_name()):
-                arithmetic = rates[0] / 3 if tensor_cores == "tf32x3" else rates[1]
+                arithmetic = rates[0] / 3 if tensor_cores == "3xTF32" else rates[1]
                 floor = max(flops / arithmetic, bytes_moved / rates[2]) / 1e12
                 line += f" {100 * floor / time:4.0f} % of the floor"
-            line += f" {taken[name] / 2 ** 20:8.1f} MiB"
         print(line, flush=True)
 
 
@@ -64,6 +73,5 @@ def describe_device() -> torch.device:
     if torch.cuda.is_available():
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
         return torch.device("cuda")
-    print(f"No GPU here: the references in plain torch {torch.__version__}, on {torch.get_num_threads()} CPU "
-          "threads. Ratios to the fastest:")
+    print(f"No GPU: torch {torch.__version__}, {torch.get_num_threads()} CPU threads. Ratios to the fastest:")
     return torch.device("cpu")
