@@ -7,7 +7,7 @@ Triton's own interpreter runs a kernel on the CPU, but forgives what a GPU does 
   * fills masked lanes of a load that gives no `other` with NaN, a large negative and a large positive number;
   * turns an int32 overflow into an AssertionError (triton's own sanitizer, switched on);
   * rounds to bfloat16 as hardware does, multiplies real bfloat16 numbers, refuses other arithmetic on them;
-  * drops the bits that TF32 drops where `input_precision="tf32"` is asked for;
+  * drops the bits that TF32 drops where `input_precision="tf32"` is asked for, and sums a dot in float64;
   * wants 16 numbers or more to be summed in `tl.dot`, as the compiler does;
   * runs the programs of the grid in random order, or only some: `strict(only=lambda programs: {0})`.
 
@@ -28,7 +28,7 @@ Builder = type(interpreter.interpreter_builder)
 Executor = interpreter.GridExecutor
 # The stock methods, before anything is replaced:
 init_arguments, call = Executor._init_args_hst, Executor.__call__
-load, store, atomic = Builder.create_masked_load, Builder.create_masked_store, Builder.create_atomic_rmw
+load, store = Builder.create_masked_load, Builder.create_masked_store
 cast, arithmetic = Builder.cast_impl, Builder.binary_op
 set_grid, set_program = Builder.set_grid_dim, Builder.set_grid_idx
 
@@ -89,7 +89,7 @@ class Memory:
             elements = (addresses[here] - np.uint64(self.first)) // np.uint64(self.size)
             writers = self.writer[elements.astype(np.int64)]
             others = writers[(writers >= 0) & (writers != program)]
-            if others.size and what != "atomic":
+            if others.size:
                 raise RuntimeError(f"race: program {program} {what}s what program {others[0]} wrote")
             if what == "store":
                 self.writer[elements.astype(np.int64)] = program
@@ -157,16 +157,11 @@ class Launches:
             self.touch(pointers, mask, "store")
             return store(builder, pointers, value, mask, *rest)
 
-        def checked_atomic(builder, operation, pointers, value, mask, *rest):
-            self.touch(pointers, mask, "atomic")
-            return atomic(builder, operation, pointers, value, mask, *rest)
-
         return [(Executor, "_init_args_hst", init), (Executor, "__call__", launch),
                 (Executor, "_restore_args_dev", lambda *_: None),  # CPU tensors were not copied
                 (Builder, "set_grid_dim", set_real_grid), (Builder, "set_grid_idx", set_real_program),
                 (Builder, "create_masked_load", checked_load),
-                (Builder, "create_masked_store", checked_store),
-                (Builder, "create_atomic_rmw", checked_atomic), (Builder, "cast_impl", rounding_cast),
+                (Builder, "create_masked_store", checked_store), (Builder, "cast_impl", rounding_cast),
                 (Builder, "create_dot", exact_dot), (Builder, "binary_op", refusing_arithmetic)]
 
     def touch(self, pointers, mask, what: str):
@@ -193,8 +188,9 @@ def exact_dot(builder, x, y, accumulator, precision, *rest):
     left, right = numbers(x), numbers(y)
     if x.dtype.scalar == tl.float32 and precision == interpreter._ir.INPUT_PRECISION.TF32:
         left, right = tf32_from_float(left), tf32_from_float(right)
-    total = (np.matmul(left, right) + accumulator.data).astype(accumulator.data.dtype)
-    return interpreter.TensorHandle(total, accumulator.dtype.scalar)
+    # In float64, for a BLAS may sum the same numbers in another order where they stand in another column.
+    total = np.matmul(left.astype(np.float64), right.astype(np.float64)) + accumulator.data
+    return interpreter.TensorHandle(total.astype(accumulator.data.dtype), accumulator.dtype.scalar)
 
 
 def refusing_arithmetic(builder, left, right, operation):

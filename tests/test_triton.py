@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import gpt
-from kernels import (causal_attention_reference, causal_attention_triton, nearest_code_reference,
-                     nearest_code_triton)
+from kernels import (causal_attention, causal_attention_reference, causal_attention_triton, nearest_code,
+                     nearest_code_reference, nearest_code_triton)
 from strict_interpreter import strict
 
 lookup = sys.modules["kernels.nearest_code"]
@@ -27,13 +26,12 @@ interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="needs the interp
 
 
 def random(*shape, seed=0, dtype=torch.float32):
-    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return numbers.to(dtype).to(DEVICE)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def small_integers(*shape, seed=0, dtype=torch.float32, low=-3, high=4):
-    numbers = torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
-    return numbers.to(dtype).to(DEVICE)
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 # ---- nearest_code
@@ -53,121 +51,110 @@ def assert_exact(vectors, codebook):
     """The first code at the smallest distance, where distances are exact."""
     codes = nearest(vectors, codebook)
     assert codes.dtype == torch.int64
-    assert torch.equal(codes, squared_distances(vectors, codebook).min(1, keepdim=True)[0]
-                       .eq(squared_distances(vectors, codebook)).int().argmax(1))
-
-
-def assert_near(vectors, codebook, offset=0.0):
-    """The chosen code is no farther than rounding in float32 allows, given what is left after the offset."""
     distances = squared_distances(vectors, codebook)
+    assert torch.equal(codes, (distances == distances.amin(1, keepdim=True)).int().argmax(1))
+
+
+def best_scores(vectors, codebook):
+    """(N,) float32: the least |c|² − 2x·c, c and x less the offset, that the kernel notes beside the code."""
+    N, K = len(vectors), len(codebook)
+    keys = torch.empty(1, N, dtype=torch.int64, device=DEVICE)
+    with here():
+        offset, high, low, norms = lookup.prepare_codebook(codebook)
+        lookup.nearest_code_kernel[(-(-N // 128), 1)](
+            vectors, vectors.stride(), offset, high, low, norms, keys, N, K, vectors.shape[1], high.shape[1],
+            len(high), **lookup.TILE)
+    bits = keys[0] >> 32
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).int().view(torch.float32), offset[:vectors.shape[1]]
+
+
+def assert_near(vectors, codebook):
+    """Scores are as exact as the docstring says, and the chosen code is as near as that allows."""
+    scores, offset = best_scores(vectors, codebook)
+    x, c = vectors.double() - offset, codebook.double() - offset
+    exact = c.square().sum(1) - 2 * x @ c.T  # (N, K)
+    lost_by_split = 2 ** -21 * (x.abs() @ (2 * c.abs()).T)
+    steps = 4 * math.sqrt(x.shape[1])
+    rounding = 2 ** -24 * (steps * x.norm(dim=1)[:, None] * c.norm(dim=1) + 2 * c.square().sum(1))
+    bound = (lost_by_split + rounding).amax(1)  # (N,)
+    error = (scores - exact.amin(1)).abs()
+    assert (error <= bound).all(), float((error / bound).max())
     codes = nearest(vectors, codebook)
     assert 0 <= codes.min() and codes.max() < len(codebook)
-    excess = distances.gather(1, codes[:, None])[:, 0] - distances.amin(1)
-    x, c = (vectors.double() - offset).norm(dim=1), (codebook.double() - offset).norm(dim=1).max()
-    bound = 2 * 2 ** -24 * math.sqrt(vectors.shape[1]) * (2 * x * c + c ** 2)
-    assert (excess <= bound).all(), float((excess / bound).max())
+    assert (exact.gather(1, codes[:, None])[:, 0] - exact.amin(1) <= 2 * bound).all()
 
 
-SHAPES = [(1, 1, 1), (1, 1024, 16), (65, 64, 32), (64, 65, 33), (130, 200, 48), (7, 1000, 20), (100, 33, 100),
-          (2, 3, 257), (129, 129, 1), (63, 1, 5)]  # N, K, D
+SHAPES = [(1, 1, 1), (1, 1024, 16), (65, 64, 32), (130, 200, 48), (7, 1000, 20), (100, 33, 100), (2, 3, 257),
+          (129, 129, 1), (63, 1, 5)]  # N, K, D
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N, K, D", SHAPES)
-def test_on_a_lattice_the_lowest_of_the_nearest_is_found(N, K, D, dtype):
-    assert_exact(small_integers(N, D, seed=1, dtype=dtype), small_integers(K, D, seed=2, dtype=dtype))
+def test_on_a_lattice_the_lowest_of_the_nearest_is_found():
+    for N, K, D in [(0, 3, 4), *SHAPES]:
+        assert_exact(small_integers(N, D, seed=1), small_integers(K, D, seed=2))
+    for vectors in DTYPES:
+        for codes in DTYPES:
+            assert_exact(small_integers(65, 33, dtype=vectors), small_integers(70, 33, seed=2, dtype=codes))
 
 
 @pytest.mark.parametrize("programs", [1, 3, 1000])
-@pytest.mark.parametrize("low, high", [(-3, 4), (100, 103)])
-def test_however_many_programs_share_the_codes(monkeypatch, programs, low, high):
+def test_however_many_programs_share_the_codes(monkeypatch, programs):
     monkeypatch.setattr(lookup, "multiprocessors", lambda device: programs)
-    for tiles in (lookup.FEW, lookup.MANY):  # on so few multiprocessors all rows count as many
-        monkeypatch.setattr(lookup, "MANY", tiles)
-        assert_exact(small_integers(150, 20, seed=1, low=low, high=high),
-                     small_integers(400, 20, seed=2, low=low, high=high))
+    for low, high in [(-3, 4), (100, 103)]:  # scores of either sign, and a common offset
+        codebook = small_integers(200, 20, seed=2, low=low, high=high).repeat(2, 1)  # each code twice
+        assert_exact(small_integers(150, 20, seed=1, low=low, high=high), codebook)
+        assert_exact(codebook[-70:] * 4, codebook)
 
 
-@pytest.mark.parametrize("vectors, codes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32),
-                                            (torch.bfloat16, torch.float16)])
-def test_vectors_and_codes_may_differ_in_dtype(vectors, codes):
-    assert_exact(small_integers(70, 20, seed=1, dtype=vectors), small_integers(90, 20, seed=2, dtype=codes))
-
-
-@pytest.mark.parametrize("N, K, D", SHAPES)
-def test_on_floats_the_code_found_is_nearest_but_for_rounding(N, K, D):
-    assert_near(random(N, D, seed=1), random(K, D, seed=2))
-
-
-def test_of_equal_codes_the_first_is_found_in_a_tile_and_across_tiles_and_programs(monkeypatch):
-    distinct = random(40, 20, seed=1)
-    pick = small_integers(500, seed=2, low=0, high=40, dtype=torch.int64)
-    first = [pick.tolist().index(k) for k in pick.tolist()]
-    for programs in (1, 132):
-        monkeypatch.setattr(lookup, "multiprocessors", lambda device: programs)
-        assert nearest(distinct[pick], distinct[pick]).tolist() == first
-
-
-def test_each_code_finds_itself():
-    codebook = random(1000, 64)
-    assert nearest(codebook, codebook).tolist() == list(range(1000))
-
-
-@pytest.mark.parametrize("programs", [1, 132])
-@pytest.mark.parametrize("distance", [-1.0, 1.0])
-def test_scores_of_either_sign_are_ordered(monkeypatch, programs, distance):
-    monkeypatch.setattr(lookup, "multiprocessors", lambda device: programs)
+def test_on_floats_the_score_is_exact_but_for_rounding():
+    for N, K, D in SHAPES:
+        assert_near(random(N, D, seed=1), random(K, D, seed=2))
     codebook = random(200, 8, seed=1)
-    vectors = 10 * codebook if distance < 0 else 0.01 * codebook  # |c|² − 2x·c far below 0, or above
-    assert_near(vectors, codebook)
-
-
-def test_norms_over_three_decades_count():
+    for vectors in (10 * codebook, 0.01 * codebook):  # |c|² − 2x·c far below 0, and above
+        assert_near(vectors, codebook)
     codebook = random(300, 16, seed=1) * torch.logspace(-1.5, 1.5, 300, device=DEVICE)[:, None]
-    assert_near(codebook[::3] + 0.05 * random(100, 16, seed=2), codebook)
-
-
-def test_a_common_offset_costs_no_accuracy():
+    assert_near(codebook[::3] + 0.05 * random(100, 16, seed=2), codebook)  # norms over three decades
     offset = torch.linspace(-1000, 1000, 40, device=DEVICE)
-    vectors, codebook = random(150, 40, seed=1) / 8 + offset, random(200, 40, seed=2) / 8 + offset
-    assert_near(vectors, codebook, offset)
+    assert_near(random(150, 40, seed=1) / 8 + offset, random(200, 40, seed=2) / 8 + offset)
 
 
-@pytest.mark.parametrize("K, D", [(1, 1), (5, 33), (128, 16), (300, 40)])
-def test_the_offset_is_that_of_the_reference(K, D):
+@pytest.mark.parametrize("K, D", [(1, 1), (5, 33), (128, 64), (300, 40)])
+def test_the_prepared_codebook_is_centred_split_and_padded(K, D):
     columns = torch.linspace(-50, 50, D, device=DEVICE)
     for codebook in (random(K, D), random(K, D) + columns, torch.ones(K, D, device=DEVICE) * columns,
                      torch.zeros(K, D, device=DEVICE), small_integers(K, D, low=90, high=99),
-                     (random(K, D) + columns).T.contiguous().T, 3e38 * small_integers(K, D, low=0, high=2)):
-        offset = torch.full((D + 1,), 7.0, device=DEVICE)
+                     (random(K, D) + columns).T.contiguous().T, random(K, D, dtype=torch.bfloat16)):
         with here():
-            lookup.common_offset_kernel[(D // 16 + 1,)](codebook, codebook.stride(), offset, K, D,
-                                                         BLOCK_K=128, BLOCK_D=16)
-        torch.testing.assert_close(offset[:D], lookup.common_offset(codebook), atol=0, rtol=1e-5)
-        assert offset[D] == 7
+            offset, high, low, norms = lookup.prepare_codebook(codebook)
+        torch.testing.assert_close(offset[:D], lookup.common_offset(codebook.float()), atol=0, rtol=1e-5)
+        assert (offset[D:] == 0).all() and (norms[K:] == math.inf).all()
+        assert (high[:, D:] == 0).all() and (low[:, D:] == 0).all()
+        centred = codebook.float() - offset[:D]
+        assert torch.equal((high + low)[:K, :D], -2 * centred)
+        assert (high.view(torch.int32) & 0x1FFF == 0).all()  # TF32 keeps all of it, and of low all but a bit
+        assert (low.abs() <= 2 ** -11 * high.abs()).all()
+        torch.testing.assert_close(norms[:K].double(), centred.double().square().sum(1), atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("place", [0, 150, 299])
-def test_a_code_whose_norm_overflows_never_wins(place):
-    codebook = random(300, 20, seed=1)
-    codebook[place] = 1e25
-    codes = nearest(codebook + 0.01, codebook)
-    assert codes[:place].tolist() + codes[place + 1:].tolist() == [k for k in range(300) if k != place]
+def test_a_code_whose_norm_overflows_never_wins_and_disturbs_no_other(place):
+    for value in (1e25, 1e38, math.inf, math.nan):
+        codebook = random(300, 20, seed=1)
+        vectors = codebook + 0.01
+        codebook[place] = value
+        codes = nearest(vectors, codebook)
+        assert codes[:place].tolist() + codes[place + 1:].tolist() == [k for k in range(300) if k != place]
 
 
-def test_not_a_number_gives_an_index_in_range_and_disturbs_no_other_vector():
+def test_not_a_number_gives_an_index_in_range_and_disturbs_no_other_vector(monkeypatch):
     vectors, codebook = random(70, 20, seed=1), random(200, 20, seed=2)
-    whole = nearest(vectors, codebook)
-    vectors[3, 5], vectors[66] = math.nan, math.inf
-    codes = nearest(vectors, codebook)
-    assert 0 <= codes.min() and codes.max() < 200
-    assert all(codes[i] == whole[i] for i in range(70) if i not in (3, 66))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_no_vectors_no_indices(dtype):
-    codes = nearest(random(0, 4, dtype=dtype), random(3, 4, dtype=dtype))
-    assert (codes.shape, codes.dtype) == ((0,), torch.int64)
+    for programs in (1, 132):
+        monkeypatch.setattr(lookup, "multiprocessors", lambda device: programs)
+        whole = nearest(vectors, codebook)
+        broken = vectors.clone()
+        broken[3, 5], broken[66] = math.nan, math.inf
+        codes = nearest(broken, codebook)
+        assert 0 <= codes.min() and codes.max() < 200
+        assert all(codes[i] == whole[i] for i in range(70) if i not in (3, 66))
 
 
 def test_any_strides_are_read_and_nothing_is_written():
@@ -193,42 +180,36 @@ def test_more_than_two_to_the_31_elements(transposed):
     N, D = 2 ** 23 + 64, 256
     vectors = torch.empty(D, N).T if transposed else torch.empty(N, D)  # memory that is never touched
     codebook = random(70, D)
+    prepared = lookup.prepare_codebook(codebook)
     vectors[-64:] = codebook[3:67]
+    keys = torch.empty(1, N, dtype=torch.int64)
     with strict(only=lambda programs: {programs - 1}):
-        codes = nearest_code_triton(vectors, codebook)
-    assert codes[-64:].tolist() == list(range(3, 67))
+        lookup.nearest_code_kernel[(N // 128 + 1, 1)](
+            vectors, vectors.stride(), *prepared, keys, N, 70, D, 256, 128, **lookup.TILE)
+    assert (keys[0, -64:] & 0xFFFFFFFF).tolist() == list(range(3, 67))
 
 
 @interpreted
-@pytest.mark.parametrize("transposed", [False, True])
-def test_a_codebook_of_more_than_two_to_the_31_elements(monkeypatch, transposed):
-    K, D = 2 ** 16, 2 ** 15 + 16
-    codebook = torch.empty(D, K).T if transposed else torch.empty(K, D)
-    offset = torch.zeros(D)
-    result = torch.full((1,), torch.iinfo(torch.int64).max)
-    codebook[-64:] = 1.0
-    codebook[-5] = 0.0
+def test_a_codebook_of_more_than_two_to_the_31_elements():
+    K, D = 2 ** 16, 2 ** 15 + 1024
+    offset, high, low, norms = torch.zeros(D), torch.empty(K, D), torch.empty(K, D), torch.empty(K)
+    keys = torch.empty(512, 1, dtype=torch.int64)
+    for codebook in (torch.empty(D, K).T, torch.empty(K, D)):
+        codebook[-128:] = 1.0
+        codebook[-5] = 0.0
+        with strict(only=lambda programs: {programs - 1}):
+            lookup.prepare_codebook_kernel[(K // 128,)](
+                codebook, codebook.stride(), offset, high, low, norms, K, D, D, BLOCK_K=128, BLOCK_D=1024)
     with strict(only=lambda programs: {programs - 1}):
-        lookup.nearest_code_kernel[(1, K // 64)](
-            torch.zeros(1, D), (D, 1), codebook, codebook.stride(), offset, result, 1, K, D, 64,
-            BLOCK_N=64, BLOCK_K=64, BLOCK_D=4096, PRECISION="ieee", SPLIT=True)
-    assert result & 0xFFFFFFFF == K - 5
-
-
-def test_the_lookup_runs_in_the_plain_interpreter_too():
-    vectors, codebook = small_integers(130, 33, seed=1), small_integers(200, 33, seed=2)
-    assert torch.equal(nearest_code_triton(vectors, codebook), nearest(vectors, codebook))
-
-
-@pytest.mark.parametrize("vectors, codebook", [
-    ((3, 4), (5, 3)), ((3, 4), (0, 4)), ((4,), (5, 4)), ((3, 4), (4,)), ((2, 3, 4), (5, 4)), ((3, 1), (5, 4)),
-])
-def test_the_lookup_refuses_shapes_that_do_not_fit(vectors, codebook):
-    with pytest.raises(ValueError, match="nearest_code needs vectors"):
-        nearest_code_triton(random(*vectors), random(*codebook))
+        lookup.nearest_code_kernel[(1, 512)](
+            torch.zeros(1, D), (D, 1), offset, high, low, norms, keys, 1, K, D, D, 128,
+            BLOCK_N=16, BLOCK_K=128, BLOCK_D=1024)
+    assert keys[-1] & 0xFFFFFFFF == K - 5
 
 
 def test_the_lookup_refuses_what_it_cannot_compare():
+    with pytest.raises(ValueError, match="nearest_code needs vectors"):
+        nearest_code_triton(random(3, 4), random(5, 3))
     for vectors, codebook in [(torch.float64, torch.float32), (torch.float32, torch.int64)]:
         with pytest.raises(ValueError, match="takes float32, float16 or bfloat16 on one device"):
             nearest_code_triton(random(3, 4).to(vectors), random(5, 4).to(codebook))
@@ -263,16 +244,15 @@ def worst_row(ours, exact):
     return float(((ours.double() - exact).norm(dim=-1) / (length + length.mean() + 0.01)).max())
 
 
-LENGTHS = [(1, 1), (64, 64), (65, 65), (127, 127), (130, 150), (33, 257), (1, 70), (64, 65), (70, 129),
-           (16, 32)]  # Tq, T
-
-
 @pytest.mark.parametrize("dtype, slack", [
     (torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
-@pytest.mark.parametrize("Tq, T, d", [(*lengths, 32) for lengths in LENGTHS] + [
-    (40, 70, 16), (70, 70, 20), (90, 100, 64), (33, 65, 80), (65, 65, 128), (341, 341, 64)])
+@pytest.mark.parametrize("Tq, T, d", [
+    (1, 1, 32), (64, 64, 32), (65, 65, 32), (130, 150, 32), (33, 257, 32), (1, 70, 32), (70, 129, 32),
+    (16, 32, 32), (40, 70, 16), (70, 70, 20), (90, 100, 64), (33, 65, 80), (65, 65, 128)])
 def test_output_and_gradients_err_at_most_twice_as_much_as_torch(Tq, T, d, dtype, slack):
-    *inputs, gradient = draw(1 if T > 300 else 2, 1 if T > 100 else 2, Tq, T, d, dtype)
+    if dtype == torch.float16 and d != 64:
+        pytest.skip("float16 has the tiles of bfloat16")
+    *inputs, gradient = draw(2 if T < 100 else 1, 1 if d > 32 else 2, Tq, T, d, dtype)
     exact = output_and_gradients([x.double() for x in inputs], gradient.double(), causal_attention_reference)
     torchs = output_and_gradients(inputs, gradient, causal_attention_reference)
     ours = output_and_gradients(inputs, gradient)
@@ -281,37 +261,23 @@ def test_output_and_gradients_err_at_most_twice_as_much_as_torch(Tq, T, d, dtype
         assert worst_row(a, c) <= 2 * worst_row(b, c) + slack, name
 
 
-@pytest.mark.parametrize("d", [1, 3, 5, 9])
-def test_few_dimensions_are_padded(d):
-    *inputs, gradient = draw(1, 2, 20, 25, d)
-    exact = output_and_gradients([x.double() for x in inputs], gradient.double(), causal_attention_reference)
-    for ours, theirs in zip(output_and_gradients(inputs, gradient), exact):
-        torch.testing.assert_close(ours.double(), theirs, atol=3e-6, rtol=0)
-
-
-@pytest.mark.parametrize("Tq, T", [(1, 1), (70, 70), (70, 135)])
-def test_a_zero_query_gives_the_mean_of_the_values_so_far(Tq, T):
-    query, key, value, _ = draw(1, 2, Tq, T, 16)
-    means = value.cumsum(2) / torch.arange(1, T + 1, device=DEVICE)[:, None]
-    torch.testing.assert_close(attend(0 * query, key, value), means[:, :, T - Tq:], atol=1e-5, rtol=0)
+def test_few_dimensions_are_padded():
+    for d in (1, 3, 9):
+        *inputs, gradient = draw(1, 2, 20, 25, d)
+        exact = output_and_gradients([x.double() for x in inputs], gradient.double(),
+                                     causal_attention_reference)
+        for ours, theirs in zip(output_and_gradients(inputs, gradient), exact):
+            torch.testing.assert_close(ours.double(), theirs, atol=3e-6, rtol=0)
 
 
 def test_what_comes_later_changes_no_bit_of_what_came_before_in_the_kernel():
-    query, key, value, _ = draw(1, 2, 150, 150, 32)
+    query, key, value, _ = draw(1, 2, 150, 150, 32, torch.bfloat16)
     before = attend(query, key, value)
     key[:, :, 100:] += 3
     value[:, :, 100:] -= 2
     after = attend(query, key, value)
     assert torch.equal(after[:, :, :100], before[:, :, :100])
     assert (after[:, :, 100:] != before[:, :, 100:]).any(3).all()
-
-
-@pytest.mark.parametrize("last", [1, 31, 32, 33, 70])
-def test_the_last_queries_alone_get_what_they_get_among_all(last):
-    query, key, value, _ = draw(1, 2, 130, 130, 32)
-    whole = attend(query, key, value)
-    alone = attend(query[:, :, -last:], key, value)
-    torch.testing.assert_close(alone, whole[:, :, -last:], atol=2e-6, rtol=0)
 
 
 def test_huge_scores_pick_the_best_key_and_stay_finite_in_the_kernel():
@@ -322,9 +288,8 @@ def test_huge_scores_pick_the_best_key_and_stay_finite_in_the_kernel():
     assert all(result.isfinite().all() for result in results)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_any_strides_of_inputs_and_gradient_are_read(dtype):
-    *inputs, gradient = draw(2, 3, 40, 40, 16, dtype)
+def test_any_strides_of_inputs_and_gradient_are_read():
+    *inputs, gradient = draw(2, 3, 20, 20, 16, torch.float16)
     expected = output_and_gradients(inputs, gradient)
     qkv = torch.stack([x.transpose(1, 2) for x in inputs], 2)  # (B, T, 3, heads, d), as gpt.py has them
     strided = [[x.transpose(1, 2) for x in qkv.unbind(2)], [x.contiguous() for x in inputs],
@@ -332,7 +297,7 @@ def test_any_strides_of_inputs_and_gradient_are_read(dtype):
     for views in strided:
         for ours, theirs in zip(output_and_gradients(views, gradient.contiguous()), expected):
             assert torch.equal(ours, theirs)
-    one = torch.ones((), dtype=dtype, device=DEVICE).expand(gradient.shape)  # strides of 0, as from sum()
+    one = torch.ones((), dtype=torch.float16, device=DEVICE).expand(gradient.shape)  # strides 0, as of sum()
     for ours, theirs in zip(output_and_gradients(inputs, one), output_and_gradients(inputs, one.clone())):
         assert torch.equal(ours, theirs)
 
@@ -343,27 +308,35 @@ def test_the_output_lies_in_memory_as_the_next_linear_layer_reads_it():
         assert attend(*inputs).transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
-def test_a_gradient_can_be_asked_for_of_one_input_alone(needs):
-    *inputs, gradient = draw(1, 2, 33, 40, 16)
-    expected = output_and_gradients(inputs, gradient)[1 + needs.index(True)]
-    inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs)]
+def test_a_gradient_can_be_asked_for_of_one_input_alone():
+    *inputs, gradient = draw(1, 2, 33, 40, 16, torch.float16)
+    expected = output_and_gradients(inputs, gradient)
+    for i in range(3):
+        leaves = [x.detach().requires_grad_(i == j) for j, x in enumerate(inputs)]
+        with here():
+            causal_attention_triton(*leaves).backward(gradient)
+        assert [x.grad is not None for x in leaves] == [i == j for j in range(3)]
+        assert torch.equal(leaves[i].grad, expected[1 + i])
+
+
+def test_a_second_derivative_is_refused():
+    inputs = [x.requires_grad_() for x in draw(1, 1, 3, 3, 16, torch.float16)[:3]]
     with here():
-        causal_attention_triton(*inputs).backward(gradient)
-    assert [x.grad is not None for x in inputs] == list(needs)
-    assert torch.equal(inputs[needs.index(True)].grad, expected)
+        first, *_ = torch.autograd.grad(causal_attention_triton(*inputs).sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
-@pytest.mark.parametrize("B, Tq, T", [(0, 5, 5), (2, 0, 5), (2, 0, 0)])
-def test_nothing_in_nothing_out(B, Tq, T):
-    *inputs, gradient = draw(B, 2, Tq, T, 16)
-    results = output_and_gradients(inputs, gradient)
-    assert [result.shape for result in results] == [x.shape for x in (gradient, *inputs)]
-    assert all((result == 0).all() for result in results)
+def test_nothing_in_nothing_out():
+    for B, Tq, T in [(0, 5, 5), (2, 0, 5), (2, 0, 0)]:
+        *inputs, gradient = draw(B, 2, Tq, T, 16)
+        results = output_and_gradients(inputs, gradient)
+        assert [result.shape for result in results] == [x.shape for x in (gradient, *inputs)]
+        assert all((result == 0).all() for result in results)
 
 
 def test_backward_gives_the_same_bits_every_time():
-    *inputs, gradient = draw(2, 2, 70, 90, 32)
+    *inputs, gradient = draw(2, 2, 70, 90, 32, torch.bfloat16)
     runs = [output_and_gradients(inputs, gradient) for _ in range(10 if DEVICE.type == "cuda" else 2)]
     assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0]))
 
@@ -391,26 +364,10 @@ def test_compiled_it_is_one_operator_and_computes_the_same():
 def test_the_operators_keep_the_rules_of_torch():
     query, key, value, gradient = draw(1, 2, 5, 7, 16)
     with here():
-        torch.library.opcheck(attention.forward_op, [x.requires_grad_() for x in (query, key, value)])
-        output, logsumexp = attention.forward_op(query.detach(), key.detach(), value.detach())
-        torch.library.opcheck(attention.backward_op, (query.detach(), key.detach(), value.detach(), output,
-                                                      logsumexp, gradient))
-
-
-def test_a_whole_gpt_learns_the_same_with_the_kernel(monkeypatch):
-    torch.manual_seed(0)
-    model = gpt.GPT(gpt.GPTConfig(vocab_size=20, block_size=40, n_layer=2, n_head=2, n_embd=32)).to(DEVICE)
-    tokens = small_integers(2, 40, low=0, high=20, dtype=torch.int64)
-    gradients = []
-    for form in (causal_attention_reference, causal_attention_triton):
-        monkeypatch.setattr(gpt, "causal_attention", form)
-        model.zero_grad()
-        with here():
-            logits = model(tokens[:, :-1]).flatten(0, 1)  # (B·T, V)
-            torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    for plain, ours in zip(*gradients):
-        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-4)
+        torch.library.opcheck(attention.OPERATORS.forward.default, (query, key, value))
+        output, logsumexp = attention.OPERATORS.forward(query, key, value)
+        torch.library.opcheck(attention.OPERATORS.backward.default,
+                              (query, key, value, output, logsumexp, gradient))
 
 
 @interpreted
@@ -423,20 +380,15 @@ def test_more_than_two_to_the_31_elements_of_a_batch():
     gradients = [torch.empty_like(output) for _ in inputs]
     logsumexp, delta = torch.empty(B, heads, T), torch.empty(B, heads, T)
     with strict(only=lambda programs: {programs - 1}):
-        attention.launch(attention.forward_kernel, "BLOCK_Q", *inputs, output, logsumexp)
-        attention.launch(attention.query_gradient_kernel, "BLOCK_Q", *inputs, output, output, logsumexp,
+        attention.launch(attention.forward_kernel, *inputs, output, logsumexp)
+        attention.launch(attention.query_gradient_kernel, *inputs, output, output, logsumexp,
                          gradients[0], delta)
-        attention.launch(attention.key_value_gradient_kernel, "BLOCK_K", *inputs, output, logsumexp, delta,
+        attention.launch(attention.key_value_gradient_kernel, *inputs, output, logsumexp, delta,
                          *gradients[1:])
     last = [x[-1:, -1:].clone() for x in inputs]
     expected = output_and_gradients(last, attend(*last))
     for ours, theirs in zip((output, *gradients), expected):
         assert torch.equal(ours[-1:, -1:], theirs)
-
-
-def test_the_attention_runs_in_the_plain_interpreter_too():
-    *inputs, gradient = draw(1, 2, 70, 90, 32)
-    assert torch.equal(causal_attention_triton(*inputs), attend(*inputs))
 
 
 def test_attention_refuses_what_it_cannot_compute():
@@ -451,6 +403,14 @@ def test_attention_refuses_what_it_cannot_compute():
 # ---- both
 
 
+@interpreted
+def test_the_kernels_run_in_the_plain_interpreter_too():
+    vectors, codebook = small_integers(130, 33, seed=1), small_integers(200, 33, seed=2)
+    assert torch.equal(nearest_code_triton(vectors, codebook), nearest(vectors, codebook))
+    inputs = draw(1, 1, 70, 90, 32, torch.float16)[:3]
+    torch.testing.assert_close(causal_attention_triton(*inputs), attend(*inputs), atol=2e-3, rtol=0)
+
+
 def test_without_triton_the_references_work():
     script = ("import sys; sys.modules['triton'] = None; import torch, kernels; x = torch.randn(5, 4);"
               "assert kernels.nearest_code(x, x).tolist() == [0, 1, 2, 3, 4];"
@@ -458,11 +418,10 @@ def test_without_triton_the_references_work():
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).resolve().parent.parent)
 
 
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="no GPU")
 def test_on_a_gpu_the_public_names_are_the_kernels():
-    if DEVICE.type == "cpu":
-        pytest.skip("no GPU")
     *inputs, _ = draw(2, 2, 33, 40, 16)
-    assert torch.equal(attention.causal_attention(*inputs), causal_attention_triton(*inputs))
+    assert torch.equal(causal_attention(*inputs), causal_attention_triton(*inputs))
     x, codebook = random(60, 6, seed=1), random(30, 6, seed=2)
-    assert torch.equal(lookup.nearest_code(x, codebook), nearest_code_triton(x, codebook))
-    assert torch.equal(lookup.nearest_code(x, codebook), nearest_code_reference(x, codebook))
+    assert torch.equal(nearest_code(x, codebook), nearest_code_triton(x, codebook))
+    assert torch.equal(nearest_code(x, codebook), nearest_code_reference(x, codebook))
