@@ -37,9 +37,9 @@ def cdiv(a: int, b: int) -> int:
 def compare(title: str, forms: dict, flops: float, bytes_moved: float, tensor_cores: str):
     """Time several functions that do the same and print a line each; `tensor_cores` is "3xTF32" or "16 bit".
 
-    On a GPU: the median of a call from Python, that of its kernels alone (replayed as a CUDA graph), and from
-    the latter the rates and the share of that time which the GPU needs at the attainable rate of arithmetic or
-    memory; and the memory taken. Without one: ratios to the fastest. A form that cannot run here is named.
+    On a GPU: memory taken, median of a call from Python, that of its kernels alone (a replayed CUDA graph),
+    the latter's rate, and the share of it that the GPU needs at its attainable rate of arithmetic or memory.
+    Without one: ratios to the fastest. A form that cannot run is named.
     """
     on_gpu, lines, times = torch.cuda.is_available(), {}, {}
     for name, function in forms.items():
@@ -55,12 +55,12 @@ def compare(title: str, forms: dict, flops: float, bytes_moved: float, tensor_co
                 lines[name] += f" {1e6 * times[name]:9.1f} µs eager"
                 times[name] = triton.testing.do_bench_cudagraph(function, return_mode="median") / 1e3
         except RuntimeError as error:
+            times.pop(name, None)
             print(f"{title:42} {name:28} {str(error).splitlines()[0]}")
     for name, time in times.items():
         line = f"{title:42} {name:28} {time / min(times.values()):6.2f}×"
         if on_gpu:
             line += f"{lines[name]} {1e6 * time:9.1f} µs graph {flops / time / 1e12:7.1f} TFLOP/s"
-            line += f" {bytes_moved / time / 1e9:6.0f} GB/s"
             for rates in (ATTAINABLE[gpu] for gpu in ATTAINABLE if gpu in torch.cuda.get_device_name()):
                 arithmetic = rates[0] / 3 if tensor_cores == "3xTF32" else rates[1]
                 floor = max(flops / arithmetic, bytes_moved / rates[2]) / 1e12
@@ -73,6 +73,5 @@ def describe_device() -> torch.device:
     if torch.cuda.is_available():
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
         return torch.device("cuda")
-    print(f"No GPU here: the references in plain torch {torch.__version__}, on {torch.get_num_threads()} CPU "
-          "threads. Ratios to the fastest:")
+    print(f"No GPU: torch {torch.__version__}, {torch.get_num_threads()} CPU threads. Ratios to the fastest:")
     return torch.device("cpu")

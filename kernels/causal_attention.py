@@ -5,19 +5,18 @@
 With fewer queries than keys the queries are the last positions: that is how a key/value cache is read.
 
 The plain form writes the (Tq, T) scores and weights of every head to memory and reads them back: at T = 512
-and d = 64 each has twice as many entries as q, k, v and the output together. Flash attention (Dao et al., 2022)
-never stores them. A program holds one block of queries, loops over tiles of keys and keeps per query the
-largest score so far m, the sum l = Σ exp(s − m) and the output so far; when a tile brings a larger score m',
-what was summed before is multiplied by exp(m − m').
+and d = 64 each has twice as many entries as q, k, v and the output together. Flash attention (Dao et al.,
+2022) never stores them. A program holds one block of queries, loops over tiles of keys and keeps for each
+query the largest score so far m, the sum l = Σ exp(s − m) and the output so far; when a tile brings a larger
+score m', what was summed before is multiplied by exp(m − m').
 
 Backward, from the output's gradient dO and with P recomputed from the saved log-sum-exp L_i = m_i + log l_i:
 
     p_ij = exp(s_ij − L_i)    dV_j = Σ_i p_ij dO_i    dP_ij = dO_i·v_j    δ_i = dO_i·output_i
     dS_ij = p_ij (dP_ij − δ_i)    dQ_i = Σ_j dS_ij k_j / √d    dK_j = Σ_i dS_ij q_i / √d
 
-dQ sums over keys, dK and dV over queries: two kernels, each with its sum inside one program. So no two
-programs add to one address, and the gradient is the same to the last bit every time. The kernels work with
-powers of two, exp(x) = 2^(x·log₂e), because that is what a GPU computes.
+dQ sums over keys, dK and dV over queries: two kernels, each with its sum inside one program, so that the
+gradient is the same to the last bit every time. All compute exp(x) as 2^(x·log₂e), as GPUs do.
 
     python -m kernels.causal_attention    checks the kernels and prints a table (without a GPU: plain torch's)
 
@@ -85,6 +84,7 @@ def forward_kernel(
     outputs,  # (B, heads, Tq, d), written
     logsumexp_ptr,  # (B, heads, Tq) float32, written: L, to base 2
     heads, Tq, T,
+    blocks,  # programs per head
     scale,  # log₂e / √d
     WIDTH: tl.constexpr,  # d
     BLOCK_D: tl.constexpr,  # the power of two from d up
@@ -92,7 +92,6 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,  # keys per step
 ):
     """One block of queries of one head."""
-    blocks = tl.cdiv(Tq, BLOCK_Q)
     head = tl.program_id(0) // blocks
     block = blocks - 1 - tl.program_id(0) % blocks  # the last block sees the most keys: it starts first
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -124,16 +123,14 @@ def forward_kernel(
 
 @triton.jit
 def query_gradient_kernel(
-    queries, keys, values, outputs,  # as in `forward_kernel`
-    output_gradients,  # (B, heads, Tq, d)
+    queries, keys, values, outputs, output_gradients,  # as in `forward_kernel`
     logsumexp_ptr,  # (B, heads, Tq) float32
     query_gradients,  # (B, heads, Tq, d), written
     delta_ptr,  # (B, heads, Tq) float32, written: δ, which the next kernel reads
-    heads, Tq, T, scale,
+    heads, Tq, T, blocks, scale,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """dQ of one block of queries, by the same loops as in forward."""
-    blocks = tl.cdiv(Tq, BLOCK_Q)
     head = tl.program_id(0) // blocks
     block = blocks - 1 - tl.program_id(0) % blocks
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -168,15 +165,13 @@ def query_gradient_kernel(
 
 @triton.jit
 def key_value_gradient_kernel(
-    queries, keys, values,  # as in `forward_kernel`
-    output_gradients,  # (B, heads, Tq, d)
+    queries, keys, values, output_gradients,  # as in `forward_kernel`
     logsumexp_ptr, delta_ptr,  # (B, heads, Tq) float32
     key_gradients, value_gradients,  # (B, heads, T, d), written
-    heads, Tq, T, scale,
+    heads, Tq, T, blocks, scale,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """dK and dV of one block of keys: loops over the queries that see it, with scores as keys by queries."""
-    blocks = tl.cdiv(T, BLOCK_K)
     head = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks  # the first block is seen by the most queries
     columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -186,10 +181,9 @@ def key_value_gradient_kernel(
     v_gradient = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     first_row = block * BLOCK_K - (T - Tq)  # the first query that sees the first of these keys
     sees_one = tl.maximum(first_row, 0) // BLOCK_Q * BLOCK_Q
-    sees_all = tl.cdiv(tl.maximum(first_row + BLOCK_K - 1, 0), BLOCK_Q) * BLOCK_Q
+    sees_all = tl.minimum(tl.cdiv(tl.maximum(first_row + BLOCK_K - 1, 0), BLOCK_Q) * BLOCK_Q, Tq)
     for masked in tl.static_range(2):  # first the queries that see all of these keys, then the diagonal
-        last = tl.minimum(sees_all, Tq) if masked else Tq
-        for start in range(sees_one if masked else sees_all, last, BLOCK_Q):
+        for start in range(sees_one if masked else sees_all, sees_all if masked else Tq, BLOCK_Q):
             rows = start + tl.arange(0, BLOCK_Q)
             q = load_rows(queries, head, heads, rows, Tq, WIDTH, BLOCK_D)  # (BLOCK_Q, BLOCK_D)
             output_gradient = load_rows(output_gradients, head, heads, rows, Tq, WIDTH, BLOCK_D)
@@ -212,14 +206,14 @@ def key_value_gradient_kernel(
 
 
 def tiles(kernel, dtype: torch.dtype, width: int) -> dict[str, int]:
-    """Tile shape and schedule: what fits registers and shared memory (tests compile every kind)."""
+    """Tile shape and schedule: what fits registers and shared memory. Tests compile every kind."""
     if dtype == torch.float32:
         return dict(BLOCK_Q=16 if width > 64 else 32, BLOCK_K=16, num_warps=4, num_stages=2)
     if width > 64:
         return dict(BLOCK_Q=64, BLOCK_K=32, num_warps=8, num_stages=2)
-    # The backward kernels hold two products at a time: half as many of what they loop over.
-    return dict(BLOCK_Q=32 if kernel is key_value_gradient_kernel else 64,
-                BLOCK_K=32 if kernel is query_gradient_kernel else 64, num_warps=4, num_stages=3)
+    queries = 32 if kernel is key_value_gradient_kernel else 64  # what backward loops over is half as long:
+    keys = 32 if kernel is query_gradient_kernel else 64  # it holds two products at a time
+    return dict(BLOCK_Q=queries, BLOCK_K=keys, num_warps=4, num_stages=3)
 
 
 def launch(kernel, *tensors: Tensor):
@@ -231,7 +225,7 @@ def launch(kernel, *tensors: Tensor):
     with_strides = [(x, x.stride()[:3]) if x.ndim == 4 else x for x in dense]
     with torch.cuda.device_of(tensors[0]):
         kernel[(B * heads * blocks,)](
-            *with_strides, heads, Tq, T, math.log2(math.e) / math.sqrt(width), WIDTH=width,
+            *with_strides, heads, Tq, T, blocks, math.log2(math.e) / math.sqrt(width), WIDTH=width,
             BLOCK_D=max(16, 1 << (width - 1).bit_length()), **tile)
 
 
@@ -252,8 +246,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return outputs
 
 
-def empty_gradients(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_like_linear(query), empty_like_linear(key), empty_like_linear(value)
+def empty_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(map(empty_like_linear, inputs[:3]))
 
 
 def backward(query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor,

@@ -6,10 +6,10 @@
 subtracted from both sides first: distances do not change, but an offset no longer eats the digits that tell
 two codes apart.
 
-The plain form multiplies two matrices, writes the (N, K) scores to memory and reads them again for the
-argmin: 8·N·K bytes beside the 4·N·D of the input, eight times as many at K = 1,024 and D = 256. The kernel
-loops over tiles of the codebook, keeps for each vector only the best score so far and the code that has it,
-and writes 8 bytes a vector (and per share of the codes, where N is too small to occupy the GPU otherwise).
+The plain form writes the (N, K) scores to memory and reads them again for the argmin: 8·N·K bytes beside the
+4·N·D of the input, eight times as many at K = 1,024 and D = 256. The kernel loops over tiles of the codebook,
+keeps for each vector the best score so far and its code, and writes 8 bytes a vector. Where vectors are too
+few to occupy the GPU, several programs share the codes for the same ones, and the least result counts.
 
 It is bound by arithmetic. Tensor cores round float32 to TF32, 11 significant bits of 24, and two codes may
 differ by less. So x = x − offset and c = −2(c_k − offset) are each split into a high part, which is TF32, and
@@ -17,10 +17,9 @@ a low part of at most 12 bits, and three products take the place of one:
 
     x·c  =  x_high·c_high + (x_high·c_low + x_low·c_high) + x_low·c_low
 
-The last is left out: 2⁻²² |x_d c_d| at most, and TF32 drops one bit of each low part, 2⁻²³ |x_d c_d| both
-times. What is lost is at most 2⁻²¹ Σ_d |x_d c_d|, a few roundings of float32. The bracket has a sum of its
-own: added to the large one, it would be rounded away product by product. The codebook is split once per call,
-by a small kernel, so that the loop over it holds nothing but loads and products and the split of x.
+The last is left out: at most 2⁻²² |x_d c_d|, and TF32 drops one bit of each low part, 2⁻²³ |x_d c_d| twice:
+all in all 2⁻²¹ Σ_d |x_d c_d|, a few roundings of float32. The bracket has a sum of its own, for added to the
+large one its digits would be lost. The codebook is split once per call, the vectors as they are read.
 
     python -m kernels.nearest_code    checks the kernels and prints a table (without a GPU: of the reference)
 
@@ -57,14 +56,11 @@ def nearest_code_reference(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def common_offset(codebook: Tensor) -> Tensor:
-    """The mean of a codebook (K, D), rounded: (D,).
-
-    To a multiple of the power of two above the codes' largest distance to it, dimension by dimension. So
-    coarse an offset subtracts without rounding, and codes that were equally near stay so.
-    """
+    """The mean of a codebook (K, D), rounded: (D,). Each to a multiple of the power of two above the codes'
+    largest distance to it, which subtracts without rounding: codes that were equally near stay so."""
     mean = codebook.mean(0)  # (D,)
     spread = torch.maximum(codebook.amax(0) - mean, mean - codebook.amin(0))  # (D,)
-    spread = torch.maximum(spread, mean.abs() * torch.finfo(codebook.dtype).eps)
+    spread = spread.maximum(mean.abs() * torch.finfo(codebook.dtype).eps)
     step = torch.ldexp(torch.ones_like(spread), torch.frexp(spread).exponent)  # (D,)
     offset = (mean / step + 0.5).floor() * step
     return torch.where(offset.isfinite(), offset, 0)
@@ -112,8 +108,7 @@ def common_offset_kernel(
         low = tl.minimum(low, tl.min(tl.where(codes[:, None] < K, c, float("inf")), 0))
         high = tl.maximum(high, tl.max(tl.where(codes[:, None] < K, c, float("-inf")), 0))
     mean = total / K
-    spread = tl.maximum(high - mean, mean - low)
-    spread = tl.maximum(spread, tl.abs(mean) * 1.1920929e-07)  # eps of float32
+    spread = tl.maximum(tl.maximum(high - mean, mean - low), tl.abs(mean) * 1.1920929e-07)  # float32's eps
     # The exponent's bits alone are the power of two below the spread.
     step = 2 * (spread.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     offset = tl.floor(mean / step + 0.5) * step
@@ -188,7 +183,7 @@ def nearest_code_kernel(
 
 
 def prepare_codebook(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(K, D) → offset (width,), high and low (height, width), norms (height,): float32, padded to whole tiles."""
+    """(K, D) → offset (width,), high, low (height, width), norms (height,): float32, padded to tiles."""
     (K, D), device = codebook.shape, codebook.device
     height, width = cdiv(K, TILE["BLOCK_K"]) * TILE["BLOCK_K"], cdiv(D, 64) * 64
     offset, norms = (torch.empty(length, device=device) for length in (width, height))
@@ -212,11 +207,9 @@ def nearest_code_triton(vectors: Tensor, codebook: Tensor) -> Tensor:
         raise ValueError("the nearest_code kernel takes float32, float16 or bfloat16 on one device, not "
                          f"{vectors.dtype} on {vectors.device} and {codebook.dtype} on {codebook.device}")
     (N, D), K, device = vectors.shape, len(codebook), vectors.device
-    if N == 0:
-        return torch.empty(0, dtype=torch.int64, device=device)
     row_blocks, code_blocks = cdiv(N, TILE["BLOCK_N"]), cdiv(K, TILE["BLOCK_K"])
     # Few vectors: several programs share the codes, until each multiprocessor has four to run.
-    blocks_per_program = cdiv(code_blocks, cdiv(4 * multiprocessors(device), row_blocks))
+    blocks_per_program = cdiv(code_blocks, cdiv(4 * multiprocessors(device), max(row_blocks, 1)))
     splits = cdiv(code_blocks, blocks_per_program)
     keys = torch.empty(splits, N, dtype=torch.int64, device=device)
     with torch.cuda.device_of(vectors):
@@ -248,14 +241,12 @@ def main():
             excess = distances.gather(1, codes[:, None])[:, 0] - distances.amin(1)
             assert excess.max() < 1e-5, f"a code is {excess.max():.1e} farther than the nearest"
         forms = {
+            "nearest_code": lambda: nearest_code(x, codebook),
             "torch.cdist + argmin": lambda: torch.cdist(x, codebook).argmin(1),
             "addmm + argmin": lambda: codebook.square().sum(1).addmm(x, codebook.T, alpha=-2).argmin(1),
-            "nearest_code_reference": lambda: nearest_code_reference(x, codebook),
         }
-        if has_tf32(device):
-            forms["nearest_code_triton"] = lambda: nearest_code_triton(x, codebook)
-        moved = 4 * 256 * (N + 1024) + 8 * N  # bytes
-        compare(f"N = {N:,}, K = 1,024, D = 256", forms, 2 * N * 1024 * 256, moved, "3xTF32")
+        compare(f"N = {N:,}, K = 1,024, D = 256", forms, flops=2 * N * 1024 * 256,
+                bytes_moved=4 * 256 * (N + 1024) + 8 * N, tensor_cores="3xTF32")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compile the kernels for GPUs that are not here, as the wrappers would launch them: one JSON line a kernel.
+"""Compile the kernels for a GPU that is not here, as the wrappers would launch them: one JSON line a kernel.
 
     python tests/compile_kernels.py 80        for sm_80 (A100); 90 is H100, H200
 
@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 import triton
+from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kernels import causal_attention_triton, nearest_code_triton  # noqa: E402
 
-lookup = sys.modules["kernels.nearest_code"]
-SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448}  # bytes a program may have
+CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+TENSOR_CORES = ("HMMA", "HGMMA")  # the instructions that multiply there
 
 
 class AbsentGPU:
@@ -42,46 +42,55 @@ class AbsentGPU:
         return 0
 
 
-def measure(kernel, capability: int) -> dict:
-    """What the assembler says about a compiled kernel, and which instructions multiply."""
-    ptx = kernel.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        target = f"sm_{capability}{'a' if capability >= 90 else ''}"
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target}", source, "-o", f"{source}.o"]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def disassemble(cubin: bytes) -> tuple[str, list[tuple[int, str, str]]]:
+    """→ what the assembler notes about registers and stack; (address, opcode, operands) per instruction."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, "-sass", "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);", text)
+    return text, [(int(address, 16), opcode, operands) for address, opcode, operands in found]
+
+
+def loops(instructions) -> list[list[str]]:
+    """The opcodes of each loop, shortest first: from the target of a jump backwards to the jump."""
+    found = []
+    for end, opcode, operands in instructions:
+        target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
+        if target and int(target[1], 16) < end:
+            found.append([name for address, name, _ in instructions if int(target[1], 16) <= address <= end])
+    return sorted(found, key=len)
+
+
+def measure(kernel) -> dict:
+    """What became of a kernel, and of its inner step: the shortest loop that multiplies on tensor cores."""
+    text, instructions = disassemble(kernel.asm["cubin"])
+    step = next((loop for loop in loops(instructions) if "MMA" in " ".join(loop)), [])
     return {
         "kernel": kernel.metadata.name,
-        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
-        "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        "registers": int(re.search(r"REG:(\d+)", text)[1]),
+        "spills": sum(name.startswith(("STL", "LDL")) for _, name, _ in instructions),
         "shared_bytes": kernel.metadata.shared,
-        "shared_limit": SHARED_MEMORY[capability],
         "warps": kernel.metadata.num_warps,
-        "tensor_core_instructions": len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx)),
-        "tf32": ".tf32" in ptx,
+        "tensor_core_instructions": sum(name.startswith(TENSOR_CORES) for _, name, _ in instructions),
+        "step": len(step),
+        "step_tensor_cores": sum(name.startswith(TENSOR_CORES) for name in step),
+        "step_conversions": sum(name.startswith(("F2F", "FSETP", "FMNMX")) for name in step),
+        "tf32": ".tf32" in kernel.asm["ptx"],
     }
 
 
 def variants():
-    """(name, call): every kind of launch. The large tensors are never read: one row stands for all."""
+    """(name, call): the kinds of launches. float16 has the tiles and instructions of bfloat16."""
     for dtype in (torch.float32, torch.bfloat16):
-        for vectors in (3072, 65536):
-            x = torch.empty(1, 256, dtype=dtype).expand(vectors, 256)
-            codebook = torch.empty(1024, 256, dtype=dtype)
-            yield f"{vectors} vectors, {dtype}", lambda: nearest_code_triton(x, codebook)
-    precision, lookup.float32_precision = lookup.float32_precision, lambda device: "ieee"
-    x, codebook = torch.empty(1, 256).expand(3072, 256), torch.empty(1024, 256)
-    yield "3072 vectors, torch.float32, ieee", lambda: nearest_code_triton(x, codebook)
-    lookup.float32_precision = precision
-    widths = {torch.float32: (32, 64, 128), torch.bfloat16: (16, 64, 80, 128), torch.float16: (64,)}
-    for dtype in widths:
-        for width in widths[dtype]:
-            for queries, keys in [(512, 512), (341, 351)] if width == 64 else [(512, 512)]:
-                shapes = [(2, 2, queries, width), (2, 2, keys, width), (2, 2, keys, width)]
-                inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes]
-                name = f"{queries} queries, {keys} keys, d={width}, {dtype}"
-                yield name, lambda: causal_attention_triton(*inputs).sum().backward()
+        x, codebook = torch.empty(1, 256, dtype=dtype).expand(65536, 256), torch.empty(1024, 256, dtype=dtype)
+        yield f"65536 vectors, {dtype}", lambda: nearest_code_triton(x, codebook)
+    for dtype, length, width in [
+            (torch.bfloat16, 341, 64), (torch.bfloat16, 512, 128), (torch.bfloat16, 512, 16),
+            (torch.float32, 512, 64), (torch.float32, 341, 128)]:
+        inputs = [torch.empty(2, 2, length, width, dtype=dtype, requires_grad=True) for _ in range(3)]
+        yield f"T={length}, d={width}, {dtype}", lambda: causal_attention_triton(*inputs).sum().backward()
 
 
 def main(capability: int):
@@ -92,7 +101,7 @@ def main(capability: int):
         compiled.clear()
         call()
         for kernel in compiled:
-            print(json.dumps({"variant": name} | measure(kernel, capability)), flush=True)
+            print(json.dumps({"variant": name} | measure(kernel)), flush=True)
 
 
 if __name__ == "__main__":

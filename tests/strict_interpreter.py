@@ -28,7 +28,7 @@ Builder = type(interpreter.interpreter_builder)
 Executor = interpreter.GridExecutor
 # The stock methods, before anything is replaced:
 init_arguments, call = Executor._init_args_hst, Executor.__call__
-load, store, atomic = Builder.create_masked_load, Builder.create_masked_store, Builder.create_atomic_rmw
+load, store = Builder.create_masked_load, Builder.create_masked_store
 cast, arithmetic = Builder.cast_impl, Builder.binary_op
 set_grid, set_program = Builder.set_grid_dim, Builder.set_grid_idx
 
@@ -89,7 +89,7 @@ class Memory:
             elements = (addresses[here] - np.uint64(self.first)) // np.uint64(self.size)
             writers = self.writer[elements.astype(np.int64)]
             others = writers[(writers >= 0) & (writers != program)]
-            if others.size and what != "atomic":
+            if others.size:
                 raise RuntimeError(f"race: program {program} {what}s what program {others[0]} wrote")
             if what == "store":
                 self.writer[elements.astype(np.int64)] = program
@@ -157,16 +157,11 @@ class Launches:
             self.touch(pointers, mask, "store")
             return store(builder, pointers, value, mask, *rest)
 
-        def checked_atomic(builder, operation, pointers, value, mask, *rest):
-            self.touch(pointers, mask, "atomic")
-            return atomic(builder, operation, pointers, value, mask, *rest)
-
         return [(Executor, "_init_args_hst", init), (Executor, "__call__", launch),
                 (Executor, "_restore_args_dev", lambda *_: None),  # CPU tensors were not copied
                 (Builder, "set_grid_dim", set_real_grid), (Builder, "set_grid_idx", set_real_program),
                 (Builder, "create_masked_load", checked_load),
-                (Builder, "create_masked_store", checked_store),
-                (Builder, "create_atomic_rmw", checked_atomic), (Builder, "cast_impl", rounding_cast),
+                (Builder, "create_masked_store", checked_store), (Builder, "cast_impl", rounding_cast),
                 (Builder, "create_dot", exact_dot), (Builder, "binary_op", refusing_arithmetic)]
 
     def touch(self, pointers, mask, what: str):

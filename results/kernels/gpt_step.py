@@ -1,4 +1,4 @@
-"""A training step of GPT2-medium (§A.1) with this repository's attention, with torch's, and with the plain form.
+"""A training step of GPT2-medium (§A.1) with this repository's attention, torch's, and the plain form.
 
     python results/kernels/gpt_step.py        on a GPU; without one a small GPT, and no kernel
 
@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import gpt  # noqa: E402
 from kernels import causal_attention_reference, causal_attention_triton  # noqa: E402
+from kernels.causal_attention import causal_attention_torch  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-FORMS = {"plain form": causal_attention_reference,
-         "torch's fused": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
+FORMS = {"plain form": causal_attention_reference, "torch's fused": causal_attention_torch}
 if ON_GPU:
     FORMS["this repository's"] = causal_attention_triton
 
@@ -53,7 +53,8 @@ def main():
         medians = {name: statistics.median(values[3:]) for name, values in times.items()}
         for name, median in medians.items():
             absolute = f" {1e3 * median:8.2f} ms" if ON_GPU else ""
-            print(f"batch {batch} × {length}  {name:20} {median / min(medians.values()):5.2f}×{absolute}", flush=True)
+            ratio = median / min(medians.values())
+            print(f"batch {batch} × {length}  {name:20} {ratio:5.2f}×{absolute}", flush=True)
 
 
 if __name__ == "__main__":
