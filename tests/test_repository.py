@@ -99,7 +99,7 @@ def test_every_documented_command_is_understood(tmp_path, monkeypatch):
     commands = documented_commands()
     assert len(commands) >= 10
     for command in commands:
-        command = command.replace("…", "x").replace("$order", "row").replace("$weight", "1")
+        command = command.replace("…", "x").replace("$order", "row").replace("$condition", "depth").replace("$weight", "1")
         script, *flags = shlex.split(command)
         run.configure(SCRIPTS[script].PRESETS, flags)
 
