@@ -18,8 +18,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the repository
 
 import data
-import run
 from losses import PerceptualLoss
+from outputs import load_checkpoint, picture_grid, save_picture
 from vq import VQ, VQConfig
 
 RUNS = {"l1": ("L1", "black"), "lpips": ("L1 + LPIPS", "blue"),
@@ -69,16 +69,18 @@ def main():
     parser.add_argument("weights", nargs="?", default="")
     flags = parser.parse_args()
     alexnet = PerceptualLoss(flags.weights, "alexnet")
-    validation = data.open_dataset("cifar10", flags.data_dir, "val", 32)
+    validation = data.open_dataset("cifar10", flags.data_dir, "val", data.Preparation(32))
 
     def batches():
-        return data.load(validation, data.fixed_order(len(validation), 100), torch.device("cpu"), 0)
+        order = data.fixed_order(len(validation), 100)
+        for batch in data.load(validation, order, torch.device("cpu"), 0):
+            yield data.as_input(batch["image"], "image", 3)
 
     shown, logs = [next(batches())[:10]], {}
     print("| losses | step | L1 | LPIPS, VGG16 | LPIPS, AlexNet | sharpness |\n" + "|---" * 6 + "|")
     for name, (title, _) in RUNS.items():
         path = Path(f"runs/vq-cifar10-{name}")
-        checkpoint = run.load_checkpoint(path / "checkpoint.pt", "vq")
+        checkpoint = load_checkpoint(path / "checkpoint.pt", "vq")
         vq = VQ(VQConfig(**checkpoint["model_config"]))
         vq.load_state_dict(checkpoint["model"])
         logs[name] = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
@@ -91,23 +93,23 @@ def main():
             if "val_l1" in line:
                 known = f"{lpips:.4f} | {sharpness:.3f}" if line is logs[name][-1] else " | "
                 print(f"| {title} | {line['step']:,} | {line['val_l1']:.4f} | {line['val_lpips']:.4f} | {known} |")
-    run.save_picture(run.picture_grid(torch.cat(shown), columns=10), HERE / "reconstructions.png")
+    save_picture(picture_grid(torch.cat(shown), columns=10), HERE / "reconstructions.png")
 
-    heard = checkpoint["adversary"]["steps"][1]
+    start = checkpoint["adversary"]["start"]
     each = [(logs[name], colour) for name, (_, colour) in RUNS.items()]
     panels = [chart("train L1: L1 black, + LPIPS blue, + discriminator 0.1 red, 0.8 magenta",
-                    [curve(log, "l1", colour) for log, colour in each], heard),
+                    [curve(log, "l1", colour) for log, colour in each], start),
               chart("train LPIPS, VGG16",
-                    [curve(log, "perceptual", colour) for log, colour in each[1:]], heard),
+                    [curve(log, "perceptual", colour) for log, colour in each[1:]], start),
               chart("mean logits of the discriminators: real above, reconstructed below",
                     [curve(log, name, colour) for log, colour in each[2:]
-                     for name in ("logits_real", "logits_fake")], heard),
+                     for name in ("logits_real", "logits_fake")], start),
               chart("adaptive weight of the discriminators' gradients",
-                    [curve(log, "lambda", colour) for log, colour in each[2:]], heard)]
+                    [curve(log, "lambda", colour) for log, colour in each[2:]], start)]
     picture = Image.new("RGB", (2 * WIDTH, 2 * HEIGHT), "white")
     for i, panel in enumerate(panels):
         picture.paste(panel, (i % 2 * WIDTH, i // 2 * HEIGHT))
-    run.save_picture(picture, HERE / "curves.png")
+    save_picture(picture, HERE / "curves.png")
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from vq import VQ
 def most_kept(gradient_checkpointing: bool, mixed: bool) -> int:
     """Bytes for one picture of 256×256: of the autoencoder beside LPIPS, or the discriminator's, if larger.
 
-    Not beside both: `tangent` in losses.py frees what the one kept before the other begins.
+    Not beside both: `first_order_surrogate` in losses.py frees what the one kept before the other begins.
     """
     config, process = train_vq.PRESETS["paper"], run.Process(torch.device("cpu"), 0, 1)
     vq = VQ(config.model(), gradient_checkpointing)
-    perceptual, adversary = random_perceptual_loss("vgg16"), train_vq.open_adversary(config, vq, process)
+    perceptual, adversary = random_perceptual_loss("vgg16"), train_vq.open_adversary(config, 3, process)
     networks = (vq, perceptual, adversary.discriminator)
     weights = {tensor.data_ptr() for network in networks
                for tensor in (*network.parameters(), *network.buffers())}
@@ -53,8 +53,8 @@ def most_kept(gradient_checkpointing: bool, mixed: bool) -> int:
     images = torch.rand(1, 3, config.image_size, config.image_size) * 2 - 1
     reconstructions, of_autoencoder = storages(autoencode)
     x = reconstructions.detach().float().requires_grad_()
-    losses = [lambda: (x - images).abs().mean() + perceptual(images, x, unclamped=True).mean(),
-              lambda: adversary.generator_loss(x)]
+    losses = [lambda: (x - images).abs().mean() + perceptual.distance(images, x).mean(),
+              lambda: -adversary.discriminator(x).mean()]
     together = [of_autoencoder | storages(loss)[1] for loss in losses]  # each storage once
     return max(sum(tensor.untyped_storage().nbytes() for tensor in found.values()) for found in together)
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import run
 import train_vq
-from losses import TAPS, PerceptualLoss, autoencoder_loss, backbone_layers
+from losses import TAPS, PerceptualLoss, backbone_layers, image_loss
 from vq import VQ
 
 
@@ -43,12 +43,12 @@ class Step:
         self.config, self.process = train_vq.PRESETS["paper"], run.Process(device, 0, 1)
         self.vq = VQ(self.config.model(), gradient_checkpointing).to(device)
         self.perceptual = random_perceptual_loss(self.config.perceptual).to(device)
-        self.adversary = train_vq.open_adversary(self.config, self.vq, self.process)
+        self.adversary = train_vq.open_adversary(self.config, 3, self.process)
         self.optimizer = torch.optim.Adam(self.vq.parameters(), self.config.lr, fused=device.type == "cuda")
         self.images = torch.rand(batch_size, 3, image_size, image_size, device=device) * 2 - 1
 
     def autoencode(self) -> tuple[torch.Tensor, torch.Tensor]:
-        with self.process.autocast():
+        with run.autocast(self.process.device):
             reconstructions, _, quantization_loss = self.vq(self.images)
         return reconstructions.float(), quantization_loss
 
@@ -57,18 +57,17 @@ class Step:
         self.synchronize()
         began = time.perf_counter()
         reconstructions, quantization_loss = self.autoencode()
-        loss, _ = autoencoder_loss(self.images, reconstructions, quantization_loss, self.perceptual,
-                                   self.config.perceptual_weight, self.adversary, self.adversary.weight,
-                                   self.vq.decoder[-1].weight)
+        loss, _ = image_loss(self.images, reconstructions, self.perceptual, self.config.perceptual_weight)
+        generator_loss, _ = self.adversary.generator_loss(loss, reconstructions, self.vq.decoder[-1].weight,
+                                                          self.config.steps)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + generator_loss + quantization_loss).backward()
         self.optimizer.step()
         if forward_passes == 2:
             with torch.no_grad():  # in the authors' loop too, the other optimizer's weights are frozen here
                 reconstructions, _ = self.autoencode()
-                self.perceptual(self.images, reconstructions, unclamped=True)
-        self.adversary.backward(self.images, reconstructions, share=1.0)
-        self.adversary.step(self.config.lr)
+                self.perceptual.distance(self.images, reconstructions)
+        self.adversary.train_step(self.images, reconstructions, self.config.lr)
         self.synchronize()
         return time.perf_counter() - began
 
