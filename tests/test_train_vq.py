@@ -1,652 +1,458 @@
-"""The first stage's training with the losses of losses.py, on twenty small pictures in a folder.
+"""The first stage's training on twenty small pictures, LPIPS by an AlexNet of random weights.
 
-Oracles: the plain loop of L1 and quantization loss written out; the run that was never interrupted, bit for
-bit; one process, for two; values computed again from the checkpoint; the error's literal sentence. The
-perceptual loss has AlexNet's layers with weights drawn at random.
+Oracles: the loop written out, with λ by plain autograd; the run that was never interrupted, bit for bit; one
+process, for two; numbers computed again from the checkpoint; literal pixels; the error's one sentence.
 """
+import collections
 import dataclasses
-import itertools
 import json
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
-import urllib.error
+import time
+import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ALONE, ROOT, VQ_FLAGS, assert_bit_equal, shell, tensors, vq_flags
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+import outputs
 import data
 import losses
 import run
-import scenes
 import train_vq
-from vq import VQ, VQConfig, as_vectors, colours_of_use
+from vq import VQ, VQConfig, as_vectors
 
-ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ("--data folder --image-size 32 --base-channels 8 --channel-multipliers 1,2 --codebook-size 16 "
-         "--code-width 4 --batch-size 4 --restart-every 3 --log-every 1 --eval-every 20 --device cpu").split()
-ADVERSARIAL = ("--discriminator-weight 0.8 --discriminator-layers 1 --discriminator-start 0.5 "
-               "--discriminator-warmup 0.25 --discriminator-ramp 0.25").split()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """16 training and 4 validation pictures of 32×32, a bright square on a dark ground; and LPIPS weights."""
-    folder = tmp_path_factory.mktemp("pictures")
-    random = np.random.default_rng(0)
-    for split, count in (("train", 16), ("val", 4)):
-        (folder / split).mkdir()
-        for i in range(count):
-            pixels = np.full((32, 32, 3), 40, np.uint8)
-            y, x = random.integers(0, 16, 2)
-            pixels[y:y + 16, x:x + 16] = random.integers(100, 255, 3)
-            Image.fromarray(pixels).save(folder / split / f"{i}.png")
-    torch.manual_seed(0)
-    layers = losses.backbone_layers("alexnet").state_dict()
-    weights = {f"features.{name}": weight for name, weight in layers.items()}
-    weights |= {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1)
-                for i, width in enumerate(losses.TAPS["alexnet"].values())}
-    torch.save(weights, folder / "alexnet.pth")
-    return folder
-
-
-def flags(folder: Path, out: Path, perceptual: bool = True, adversarial: bool = True) -> list[str]:
-    return [*FLAGS, "--data-dir", str(folder), "--out", str(out), *(ADVERSARIAL if adversarial else ()),
-            *(["--perceptual", "alexnet", "--perceptual-weights", str(folder / "alexnet.pth")]
-              if perceptual else ())]
+LARGE = ["--image-size", "32", "--upscale"]  # enough for AlexNet and a discriminator of one layer
+ADVERSARIAL = ("--discriminator-weight 0.6 --discriminator-layers 1 --discriminator-start 0.5 "
+               "--discriminator-ramp 0.25").split()
+SCENES = [*VQ_FLAGS, "--data", "scenes", "--steps", "8"]
+MASKS = [*SCENES, "--target", "segmentation"]
 
 
 @pytest.fixture(scope="module")
-def trained(folder, tmp_path_factory) -> Path:
-    """A checkpoint after 12 steps: the discriminator trains from step 4 on, and is heard from step 7 on."""
-    return train_vq.main([*flags(folder, tmp_path_factory.mktemp("trained")), "--steps", "12"])
+def plain(pictures) -> list[str]:
+    """Flags of a run of 8 steps without LPIPS and discriminator; the right --out is still to come."""
+    return [*vq_flags(pictures, Path("unused")), "--steps", "8"]
 
 
-def log_of(checkpoint: Path) -> list[dict]:
-    return [json.loads(line) for line in (checkpoint.parent / "log.jsonl").read_text().splitlines()]
-
-
-def tensors(tree, name="") -> dict[str, torch.Tensor]:
-    """All tensors of a nested dict or list, by path."""
-    if isinstance(tree, torch.Tensor):
-        return {name: tree}
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return {path: tensor for key, value in items for path, tensor in tensors(value, f"{name}/{key}").items()}
-
-
-def differences(path: Path, other: Path) -> list[str]:
-    a, b = (tensors(torch.load(file, weights_only=True)) for file in (path, other))
-    assert a.keys() == b.keys()
-    return [name for name in a if not torch.equal(a[name], b[name])]
-
-
-def shell(arguments: list[str], monkeypatch, capsys) -> tuple[int, str]:
-    """What the shell sees: exit status and standard error."""
-    monkeypatch.setattr(sys, "argv", ["train_vq.py", *arguments])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ending:
-        run.command_line(train_vq.main)
-    return ending.value.code, capsys.readouterr().err
-
-
-# What is trained
-
-
-def test_without_perceptual_loss_and_discriminator_the_loop_is_l1_and_quantization_loss(folder, tmp_path):
-    """Bit for bit: the demo and cifar10 presets train like this."""
-    found = train_vq.main([*flags(folder, tmp_path, False, False), "--steps", "8", "--restart-every", "0"])
-    config = train_vq.TrainConfig(**torch.load(found, weights_only=True)["config"])
-    dataset = data.open_dataset("folder", str(folder), "train", 32)
-
-    def batches():
-        return data.load(dataset, data.training_order(16, 4, seed=0), torch.device("cpu"), workers=0)
-
+@pytest.fixture(scope="module")
+def lpips(plain, tmp_path_factory) -> list[str]:
     torch.manual_seed(0)
-    vq = VQ(config.model())
-    optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2))
-    with torch.no_grad():
-        vq.quantizer.initialize(as_vectors(vq.latents(next(batches()))))  # 4·256 vectors, enough for 16 codes
-    for step, images in zip(range(8), batches()):
-        for group in optimizer.param_groups:
-            group["lr"] = run.learning_rate(config, step)
-        reconstructions, _, quantization_loss = vq(images)
-        optimizer.zero_grad()
-        (F.l1_loss(reconstructions, images) + quantization_loss).backward()
-        optimizer.step()
-    model = torch.load(found, weights_only=True)["model"]
-    assert [name for name, weight in vq.state_dict().items() if not torch.equal(weight, model[name])] == []
-    assert torch.load(found, weights_only=True)["adversary"] is None
+    features = losses.backbone_layers("alexnet").state_dict()
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1)
+             for i, width in enumerate(losses.TAPS["alexnet"].values())}
+    path = tmp_path_factory.mktemp("lpips") / "alexnet.pth"
+    torch.save({f"features.{name}": weight for name, weight in features.items()} | heads, path)
+    return [*plain, *LARGE, "--perceptual", "alexnet", "--perceptual-weights", str(path)]
 
 
-def test_only_the_paper_preset_needs_a_download():
+@pytest.fixture(scope="module")
+def full(lpips) -> list[str]:
+    """With a discriminator, which starts in step 4."""
+    return [*lpips, *ADVERSARIAL]
+
+
+@pytest.fixture(scope="module")
+def trained(full, tmp_path_factory) -> Path:
+    return train(full, tmp_path_factory.mktemp("trained"))
+
+
+def train(flags: list[str], out: Path, *more: str) -> Path:
+    return train_vq.main([*flags, "--out", str(out), *more])
+
+
+def read(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def log_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
+
+
+def open_split(path: Path, split: str, order: list) -> tuple[train_vq.TrainConfig, list[torch.Tensor]]:
+    """The config of a checkpoint, and the inputs of batches of its data."""
+    config = train_vq.TrainConfig(**read(path)["config"])
+    dataset = data.open_dataset(config.data, config.data_dir, split, data.Preparation(**read(path)["preparation"]))
+    channels = read(path)["model_config"]["image_channels"]
+    return config, list(train_vq.load_inputs(dataset, order, config, channels, ALONE.device))
+
+
+def interrupt(flags: list[str], out: Path, step: int, monkeypatch):
+    def save_and_stop(config, process, at, parts):
+        outputs.save_checkpoint(config, process, at, parts)
+        if at == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(train_vq, "save_checkpoint", save_and_stop)
+        train(flags, out, "--checkpoint-every", "1")
+
+
+def test_the_loop_is_its_losses_written_out(plain, full, tmp_path):
+    """Without LPIPS and discriminator bit for bit: the demo and cifar10 presets train like this."""
+    shared = "--restart-every 0 --no-decay --warmup-steps 4 --beta1 0.3 --beta2 0.7".split()
+    for first, flags in ((2, plain), (1, [*full, "--perceptual-weight", "0.7"])):  # batches for k-means
+        found = train(flags, tmp_path / str(first), *shared)
+        order = [batch for batch, _ in zip(data.training_order(16, 4, seed=0), range(8))]
+        config, batches = open_split(found, "train", order)
+        perceptual = train_vq.open_perceptual_loss(config, ALONE)
+        torch.manual_seed(0)
+        vq = VQ(config.model())
+        adversary = train_vq.open_adversary(config, 3, ALONE)
+        D = adversary and adversary.discriminator
+        optimizers = [torch.optim.Adam(network.parameters(), betas=(0.3, 0.7), fused=True)
+                      for network in (vq, D) if network]
+        with torch.no_grad():
+            vq.quantizer.initialize(torch.cat([as_vectors(vq.latents(x)) for x in batches[:first]]))
+        uses = torch.zeros(16)
+        for step, images in enumerate(batches, 1):
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = 1e-3 * min(step / 4, 1)
+            x, codes, quantization_loss = vq(images)
+            uses += torch.bincount(codes.flatten(), minlength=16)
+            loss = F.l1_loss(x, images)
+            expected = {"l1": loss, "vq": quantization_loss}
+            if perceptual:
+                expected["perceptual"] = perceptual.distance(x, images).mean()
+                loss = loss + 0.7 * expected["perceptual"]
+            if D and step >= 4:
+                g, last = -D(x).mean(), vq.decoder[-1].weight
+                norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (loss, g)]
+                expected["lambda"] = norms[0] / (norms[1] + 1e-4)
+                loss = loss + 0.6 * min((step - 3) / 2, 1) * expected["lambda"] * g
+            optimizers[0].zero_grad()
+            (loss + quantization_loss).backward()
+            optimizers[0].step()
+            if D and step >= 4:
+                real, fake = D(images), D(x.detach())
+                hinge = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+                optimizers[1].zero_grad()
+                hinge.backward()
+                optimizers[1].step()
+                expected |= {"discriminator": hinge, "logits_real": real.mean(), "logits_fake": fake.mean()}
+            line = log_of(found)[step - 1]
+            assert ("lambda" in line) == ("lambda" in expected), step
+            for name, value in expected.items():
+                assert line[name] == pytest.approx(value.item(), rel=2e-3, abs=2e-4), (step, name)
+        if not D:
+            weights = read(found)["model"]
+            assert all(torch.equal(weight, weights[name]) for name, weight in vq.state_dict().items())
+            assert torch.equal(uses, read(found)["uses"])
+
+
+def test_the_autoencoder_and_lpips_run_once_a_step_and_the_discriminator_three_times(
+        full, tmp_path, monkeypatch):
+    calls = collections.Counter()
+    for owner, name in ((VQ, "forward"), (losses.PatchDiscriminator, "forward"),
+                        (losses.PerceptualLoss, "distance")):
+        monkeypatch.setattr(owner, name, lambda *arguments, owner=owner, function=getattr(owner, name): (
+            calls.update([owner] * torch.is_grad_enabled()), function(*arguments))[1])
+    train(full, tmp_path, "--discriminator-start", "1", "--steps", "2")
+    assert calls == {VQ: 2, losses.PatchDiscriminator: 6, losses.PerceptualLoss: 2}
+
+
+def test_a_perceptual_weight_of_0_only_measures_and_a_discriminator_waits_for_its_start(
+        plain, lpips, tmp_path):
+    waiting = [*lpips, "--perceptual-weight", "0", *ADVERSARIAL, "--discriminator-start", "5"]
+    measured = train(waiting, tmp_path / "a", "--steps", "4")
+    without = train([*plain, *LARGE], tmp_path / "b", "--steps", "4")
+    a, b, line = read(measured), read(without), log_of(measured)[-1]
+    assert all(torch.equal(weight, a["model"][name]) for name, weight in b["model"].items())
+    assert a["adversary"]["optimizer"]["state"] == {} and b["adversary"] is None
+    assert line["val_lpips"] > 0 and "perceptual" not in line
+
+
+def test_only_the_paper_preset_needs_a_download_and_masks_have_neither_lpips_nor_discriminator():
     paper, *others = (train_vq.PRESETS[name] for name in ("paper", "demo", "cifar10"))
-    assert (paper.perceptual, paper.perceptual_weight, paper.adversarial) == ("vgg16", 1.0, True)
-    assert paper.upscale  # ImageNet has pictures of less than 256 pixels
-    assert (paper.discriminator_weight, paper.discriminator_start) == (0.8, 0.5)
-    assert paper.discriminator_steps == (240_001, 250_001, 300_001)
-    assert all((preset.perceptual, preset.adversarial) == ("none", False) for preset in others)
+    assert paper.perceives and paper.adversarial and paper.upscale  # ImageNet has pictures below 256 pixels
+    assert not any(preset.perceives or preset.adversarial for preset in others)
+    masks = dataclasses.replace(paper, target="segmentation", data="ade20k", image_size=16)  # small for both
+    assert not masks.perceives and not masks.adversarial
+    assert str(masks.folder) == "runs/vq-paper-ade20k-segmentation"
+    for start, ramp, schedule in ((0.5, 0.25, (6, 3)), (7, 2, (7, 2)), (1, 0, (1, 0))):  # shares, or steps
+        adversary = train_vq.open_adversary(dataclasses.replace(
+            paper, steps=12, discriminator_start=start, discriminator_ramp=ramp), 3, ALONE)
+        assert schedule == (adversary.start, adversary.ramp)
 
 
-def test_the_discriminator_trains_before_it_is_heard_and_neither_before_its_step(trained):
-    keys = [set(line) for line in log_of(trained)]
-    assert ["discriminator" in line for line in keys] == [False] * 3 + [True] * 9
-    assert ["lambda" in line for line in keys] == [False] * 6 + [True] * 6
-    for line in log_of(trained):
-        assert line["perceptual"] > 0
-        for name in ("discriminator", "lambda"):
-            assert line.get(name, 1.0) > 0
-    assert {"logits_real", "logits_fake"} <= keys[-1] and not {"logits_real", "logits_fake"} & keys[2]
-    steps = torch.load(trained, weights_only=True)["adversary"]["optimizer"]["state"][0]["step"]
-    assert steps == 9
+def test_gradient_checkpointing_recomputes_and_changes_nothing(plain, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("vq.checkpoint", lambda *arguments, **options: (
+        calls.append(1), checkpoint(*arguments, **options))[1])
+    whole, part = train(plain, tmp_path / "a"), train(plain, tmp_path / "b", "--steps", "4")
+    assert not calls
+    assert_bit_equal(whole, train(plain, part.parent, "--resume", "--gradient-checkpointing"))
+    assert calls
 
 
-def test_an_unheard_discriminator_changes_nothing_and_a_heard_one_does(folder, trained, tmp_path):
-    unheard = [*flags(folder, tmp_path / "a"), "--steps", "12", "--discriminator-start", "0.99"]
-    without = [*flags(folder, tmp_path / "b", adversarial=False), "--steps", "12"]
-    never = [*flags(folder, tmp_path / "c"), "--steps", "12", "--discriminator-start", "1"]
-    unheard, without, never = map(train_vq.main, (unheard, without, never))
-    with_it, alone, none = (torch.load(path, weights_only=True) for path in (unheard, without, never))
-    assert with_it["adversary"]["optimizer"]["state"] and none["adversary"] is None
-    assert all(torch.equal(weight, with_it["model"][name]) for name, weight in alone["model"].items())
-    assert differences(without, never) == []
-    heard = torch.load(trained, weights_only=True)["model"]
-    assert any(not torch.equal(weight, heard[name]) for name, weight in alone["model"].items())
+def test_pictures_and_masks_train_in_bfloat16_too(full, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(data, "SCENES", {"train": 12, "val": 4})
+    for name, flags in (("l1", full), ("cross_entropy", MASKS)):
+        found = train(flags, tmp_path / name)
+        assert all(weight.dtype == torch.float32 for weight in read(found)["model"].values())
+        assert log_of(found)[-1][name] < log_of(found)[0][name]
 
 
-def test_the_autoencoder_runs_once_a_step_and_the_discriminator_three_times(folder, tmp_path, monkeypatch):
-    calls = {"autoencoder": 0, "discriminator": 0, "perceptual": 0}
+def test_a_step_between_two_log_lines_never_waits_for_the_gpu(full, tmp_path, monkeypatch):
+    """On a CPU, by the operations that would: reading a value back, or a shape that depends on values."""
+    aten, waits, watching, run_steps = torch.ops.aten, [], [], run.steps
 
-    def counting(network, name):
-        forward = network.forward
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            name, calls = function.overloadpacket, "".join(traceback.format_stack())
+            by_mask = name in (aten.index, aten.index_put, aten.index_put_) and any(
+                index is not None and index.dtype == torch.bool for index in arguments[1])
+            if watching and "torch/optim/" not in calls and (by_mask or name in (  # it counts steps on the CPU
+                    aten._local_scalar_dense, aten.nonzero, aten.bincount, aten.masked_select, aten._unique2)):
+                waits.append(calls)
+            return function(*arguments, **options or {})
 
-        def counted(*arguments, **options):
-            calls[name] += torch.is_grad_enabled()
-            return forward(*arguments, **options)
-        monkeypatch.setattr(network, "forward", counted)
+    def steps(*arguments):
+        for step, due in run_steps(*arguments):
+            watching[:] = [step] if step > 1 and not any(due) else []
+            yield step, due
 
-    counting(train_vq.VQ, "autoencoder")
-    counting(train_vq.PatchDiscriminator, "discriminator")
-    counting(train_vq.PerceptualLoss, "perceptual")
-    train_vq.main([*flags(folder, tmp_path), "--steps", "4", "--discriminator-start", "0"])
-    assert calls == {"autoencoder": 4, "discriminator": 12, "perceptual": 4}
-
-
-def test_each_loss_gets_what_it_asks_for(folder, tmp_path, monkeypatch):
-    def spy(owner, name, seen):
-        function = getattr(owner, name)
-
-        def recording(*arguments, **options):
-            seen.append(arguments)
-            return function(*arguments, **options)
-        monkeypatch.setattr(owner, name, recording)
-
-    of_autoencoder, of_discriminator, rates = [], [], []
-    spy(train_vq, "autoencoder_loss", of_autoencoder)
-    spy(losses.Adversary, "backward", of_discriminator)
-    spy(losses.Adversary, "step", rates)
-    found = train_vq.main([*flags(folder, tmp_path), "--steps", "2", "--discriminator-start", "0", "--lr",
-                           "1e-4", "--warmup-steps", "4", "--beta1", "0.3", "--beta2", "0.7"])
-    for step, (autoencoders, discriminators) in enumerate(zip(of_autoencoder, of_discriminator)):
-        images, reconstructions, *_, last_layer, labelled = autoencoders
-        _, real, fake = discriminators
-        _, lr = rates[step]
-        levels = (images + 1) * 127.5
-        assert torch.allclose(levels, levels.round(), atol=1e-3) and not reconstructions.equal(images)
-        assert real is images and fake is reconstructions and last_layer.shape == (3, 8, 3, 3)
-        assert labelled is None
-        assert lr == pytest.approx(1e-4 * (step + 1) / 4)
-    adversary = torch.load(found, weights_only=True)["adversary"]
-    assert adversary["optimizer"]["param_groups"][0]["betas"] == (0.3, 0.7)
-    assert "main.5.bias" in adversary["discriminator"] and len(adversary["discriminator"]) == 10  # one layer
+    monkeypatch.setattr(run, "steps", steps)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda values: [value.item() for value in values.flatten()])
+    monkeypatch.setattr(data, "SCENES", {"train": 12, "val": 4})
+    for flags in ([*full, "--discriminator-start", "1"], MASKS):
+        with Watch():
+            train(flags, tmp_path / flags[-1], "--log-every", "4", "--restart-every", "4", "--steps", "4")
+    assert waits == []
 
 
-def test_the_perceptual_and_the_discriminator_weights_reach_the_loss(folder, trained, tmp_path):
-    models = [torch.load(trained, weights_only=True)["model"]]
-    for name in ("--perceptual-weight", "--discriminator-weight"):
-        out = train_vq.main([*flags(folder, tmp_path / name), "--steps", "12", name, "0.3"])
-        models.append(torch.load(out, weights_only=True)["model"])
-    for one, two in itertools.combinations(models, 2):
-        assert any(not torch.equal(one[name], two[name]) for name in one)
-
-
-def test_a_perceptual_weight_of_0_only_measures(folder, tmp_path):
-    measured, without = [*flags(folder, tmp_path / "a", adversarial=False), "--perceptual-weight", "0"], [
-        *flags(folder, tmp_path / "b", False, False)]
-    measured, without = (train_vq.main([*arguments, "--steps", "4"]) for arguments in (measured, without))
-    assert differences(measured, without) == []
-    lines = log_of(measured)
-    assert lines[-1]["val_lpips"] > 0 and not any("perceptual" in line for line in lines)
-
-
-def test_a_batch_in_parts_trains_as_in_one_piece(folder, tmp_path, monkeypatch):
-    restart, sizes = train_vq.restart_dead_codes, []
-    monkeypatch.setattr(train_vq, "restart_dead_codes", lambda vq, optimizer, uses, images, process: (
-        sizes.append(len(images)), restart(vq, optimizer, uses, images, process)))
-    whole, parts = (train_vq.main([*flags(folder, tmp_path / n, adversarial=False), "--steps", "6",
-                                   "--restart-every", "5", "--accumulate", n]) for n in ("1", "4"))
-    assert sizes == [4, 4]  # dead codes move onto the outputs of whole batches
-    one, two = (torch.load(path, weights_only=True) for path in (whole, parts))
-    for name, weight in one["model"].items():
-        assert torch.allclose(weight, two["model"][name], rtol=1e-3, atol=1e-4), name
-    assert torch.equal(one["uses"], two["uses"])  # each code of each part, once
-    for i, before in one["optimizer"]["state"].items():  # Adam itself hides a factor of all gradients
-        after = two["optimizer"]["state"][i]["exp_avg"]
-        assert torch.allclose(before["exp_avg"], after, rtol=1e-2, atol=1e-2 * after.abs().max().item()), i
-    for before, after in zip(log_of(whole), log_of(parts)):
-        for name in ("l1", "perceptual", "vq"):
-            assert after[name] == pytest.approx(before[name], rel=1e-3)
-
-
-@pytest.fixture(scope="module")
-def half_void(tmp_path_factory) -> Path:
-    """Eight masks of two labels for training, every second one all but empty, and two for validation."""
-    folder, random = tmp_path_factory.mktemp("masks"), np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 2)):
-        (folder / split / "segmentation").mkdir(parents=True)
-        for i in range(count):
-            labels = (random.random((4, 4)) < 0.5).astype(np.uint8).repeat(8, 0).repeat(8, 1)
-            labels[2 + 30 * (i % 2 == 0):] = 255
-            Image.fromarray(labels).save(folder / split / "segmentation" / f"{i}.png")
-    return folder
-
-
-def test_a_label_counts_as_much_in_each_part_however_many_a_part_has(half_void, tmp_path):
-    whole, parts = (train_vq.main([*flags(half_void, tmp_path / n, False, False), "--steps", "2", "--target",
-                                   "segmentation", "--accumulate", n]) for n in ("1", "4"))
-    one, two = (torch.load(path, weights_only=True)["optimizer"]["state"] for path in (whole, parts))
-    for i, before in one.items():
-        before, after = before["exp_avg"], two[i]["exp_avg"]
-        assert torch.allclose(before, after, rtol=1e-2, atol=1e-2 * before.abs().max().item()), i
-    for before, after in zip(log_of(whole), log_of(parts)):
-        assert after["cross_entropy"] == pytest.approx(before["cross_entropy"], rel=1e-3)
-
-
-def test_each_part_has_its_share_of_the_discriminators_step(folder, tmp_path, monkeypatch):
-    backward, shares = losses.Adversary.backward, []
-    monkeypatch.setattr(losses.Adversary, "backward", lambda self, images, fakes, share: (
-        shares.append((len(images), share)), backward(self, images, fakes, share))[1])
-    train_vq.main([*flags(folder, tmp_path, False), "--steps", "2", "--discriminator-start", "0",
-                   "--accumulate", "2"])
-    assert shares == [(2, 0.5)] * 4
-
-
-def test_gradient_checkpointing_changes_nothing_but_the_memory(folder, tmp_path, monkeypatch):
-    arguments = [*flags(folder, tmp_path / "a", False, False), "--steps", "4"]
-    plain = train_vq.main(arguments)
-    checkpointed = train_vq.main([*arguments, "--out", str(tmp_path / "b"), "--gradient-checkpointing"])
-    assert differences(plain, checkpointed) == []
-    more = [*arguments, "--steps", "6", "--resume"]  # it may be switched on or off on the way
-    switched = train_vq.main([*more, "--gradient-checkpointing"])
-    assert differences(switched, train_vq.main([*more, "--out", str(tmp_path / "b")])) == []
-
-    seen = []
-    with monkeypatch.context() as context:
-        context.setattr(train_vq, "VQ", lambda config, on: (seen.append(on), VQ(config, on))[1])
-        for i, more in enumerate(([], ["--gradient-checkpointing"])):
-            train_vq.main([*flags(folder, tmp_path / f"{i}", False, False), "--steps", "1", *more])
-    assert seen == [False, True]
-
-    kept = {}  # what is kept for the backward pass
-    for on in (False, True):
-        vq, storages = VQ(VQConfig(3, 8, "1,2", 2, 16, 4), gradient_checkpointing=on), {}
-
-        def keep(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            vq(torch.rand(8, 3, 32, 32))
-        kept[on] = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
-    assert kept[True] < 0.6 * kept[False]
-
-
-def test_pictures_and_masks_train_in_bfloat16_too(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(run.Process, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
-    for target in ("image", "segmentation"):
-        arguments = [*flags(folder, tmp_path / target), "--data", "scenes", "--target", target, "--steps", "8"]
-        monkeypatch.setitem(data.SCENES, "val", 4)
-        checkpoint = torch.load(train_vq.main(arguments), weights_only=True)
-        assert all(weight.dtype == torch.float32 for weight in checkpoint["model"].values())
-        losses = [line["cross_entropy" if target == "segmentation" else "l1"]
-                  for line in log_of(tmp_path / target / "checkpoint.pt")]
-        assert losses[-1] < losses[0]
-
-
-# What is coded
-
-
-def conditions(folder: Path) -> Path:
-    """The drawn scenes as files: 12 for training, 4 for validation; label 9 instead of the sky's 0."""
-    for split, count in (("train", 12), ("val", 4)):
-        for name in ("images", "segmentation", "depth", "pose"):
-            (folder / split / name).mkdir(parents=True)
-        for i in range(count):
-            scene = scenes.draw_scene(split, i, 32)
-            mask = np.where(scene.segmentation == 0, 9, scene.segmentation).astype(np.uint8)
-            Image.fromarray(scene.image).save(folder / split / "images" / f"{i}.png")
-            Image.fromarray(mask).save(folder / split / "segmentation" / f"{i}.png")
-            np.save(folder / split / "depth" / f"{i}.npy", scene.depth)
-            np.save(folder / split / "pose" / f"{i}.npy", scene.keypoints)
-    return folder
-
-
-@pytest.mark.parametrize("where", ["scenes", "folder"])
 @pytest.mark.parametrize("target, channels", [("segmentation", 8), ("depth", 1), ("pose", 3)])
-def test_masks_depth_maps_and_poses_are_coded_and_go_on_bit_for_bit(
-        target, channels, where, folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(data.SCENES, "val", 4)
-    monkeypatch.setitem(data.SCENES, "train", 12)
-    files = conditions(tmp_path) if where == "folder" else tmp_path
-    base = [*flags(folder, tmp_path / "a"), "--target", target, "--data", where, "--data-dir", str(files),
-            "--void-label", "9", "--steps", "8"]
-    whole = train_vq.main(base)
-    checkpoint = torch.load(whole, weights_only=True)
-    assert checkpoint["model_config"]["image_channels"] == channels
-    assert (checkpoint["adversary"] is None) == (target == "segmentation")
-    *_, line = log_of(whole)
+def test_masks_depth_maps_and_poses_are_coded_measured_and_go_on_bit_for_bit(
+        target, channels, full, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SCENES", {"train": 12, "val": 4})
+    flags = MASKS if target == "segmentation" else [
+        *SCENES, "--target", target, *LARGE[:2], *full[full.index("--perceptual"):]]
+    whole = train(flags, tmp_path / "a")
+    interrupt(flags, tmp_path / "b", 5, monkeypatch)
+    assert_bit_equal(train(flags, tmp_path / "b", "--resume"), whole)
+    config, (images,) = open_split(whole, "val", data.fixed_order(4, 4))
+    assert images.shape[1] == channels
+    line, vq = log_of(whole)[-1], VQ(VQConfig(**read(whole)["model_config"]))
+    vq.load_state_dict(read(whole)["model"])
+    with torch.no_grad():
+        x, codes, _ = vq(images)
+    expected = {"codes_used": len(codes.unique())}
     if target == "segmentation":
-        assert {"cross_entropy", "val_cross_entropy", "val_accuracy"} <= set(line)
+        expected["val_accuracy"] = (x.argmax(1) == images.argmax(1)).float().mean().item()
+        expected["val_cross_entropy"] = F.cross_entropy(x, images.argmax(1)).item()
         assert not {"l1", "val_l1", "perceptual", "val_lpips", "lambda"} & set(line)
     else:
-        assert {"l1", "perceptual", "lambda", "discriminator", "val_l1", "val_lpips"} <= set(line)
-
-    vq = VQ(VQConfig(**checkpoint["model_config"]))
-    vq.load_state_dict(checkpoint["model"])
-    validation = data.open_dataset(where, str(files), "val", 32, fields=(target,), void_label=9)
-    images = next(data.load(validation, data.fixed_order(4, 4), torch.device("cpu"), 0, target, channels))
-    with torch.no_grad():
-        reconstructions, _, _ = vq(images)
-    shown = np.asarray(Image.open(tmp_path / "a" / "step-000008.png"))
-    assert shown.shape[2] == 3
-    if target == "segmentation":
-        wanted = [reconstructions.argmax(1), images.argmax(1)]
-        expected = (wanted[0] == wanted[1])[images.sum(1) > 0].float().mean().item()
-        assert line["val_accuracy"] == pytest.approx(expected, abs=1e-6)
-        assert 0 < (images.sum(1) == 0).float().mean() < 0.6 if where == "folder" else images.sum(1).min() == 1
-        assert len(np.unique(shown.reshape(-1, 3), axis=0)) > 4  # colours
-    else:
-        assert line["val_l1"] == pytest.approx((images - reconstructions).abs().mean().item(), rel=1e-4)
-    assert images.shape == (4, channels, 32, 32) and images.std() > 0.1
-
-    half = [*base, "--out", str(tmp_path / "b")]
-    save = run.save_checkpoint
-
-    def save_and_stop(path, checkpoint):
-        save(path, checkpoint)
-        if checkpoint["step"] == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as context:
-        context.setattr(run, "save_checkpoint", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_vq.main([*half, "--checkpoint-every", "5"])
-    assert differences(train_vq.main([*half, "--checkpoint-every", "5", "--resume"]), whole) == []
+        distance = train_vq.open_perceptual_loss(config, ALONE)
+        expected["val_lpips"] = distance(images, x.clamp(-1, 1)).mean().item()
+        expected["val_l1"] = (images - x).abs().mean().item()
+        assert line["lambda"] > 0 and line["perceptual"] > 0
+    assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
-def test_labels_of_the_masks_are_counted_over_both_splits_or_named(tmp_path, folder):
-    files = conditions(tmp_path / "files")
-    Image.fromarray(np.full((32, 32), 11, np.uint8)).save(files / "val" / "segmentation" / "0.png")
-    base = [*flags(folder, tmp_path / "a", False, False), "--target", "segmentation", "--data-dir", str(files),
-            "--steps", "1"]
-    for more, channels in (([], 12), (["--segments", "20"], 20)):
-        found = train_vq.main([*base, "--out", str(tmp_path / str(channels)), *more])
-        assert torch.load(found, weights_only=True)["model_config"]["image_channels"] == channels
-    with pytest.raises(ValueError, match="a mask has the label 9, but segments is 9: raise --segments"):
-        train_vq.main([*base, "--out", str(tmp_path / "c"), "--segments", "9"])
+def test_labels_of_the_masks_are_counted_over_both_splits_or_named(tmp_path):
+    def flags(name: str, training: list, validation: list) -> list[str]:
+        random = np.random.default_rng(0)
+        for split, labels in (("train", training), ("val", validation)):
+            (tmp_path / name / split / "segmentation").mkdir(parents=True)
+            for i in range(4):
+                mask = random.choice(labels, (16, 16)).astype(np.uint8)
+                Image.fromarray(mask).save(tmp_path / name / split / "segmentation" / f"{i}.png")
+        return [*vq_flags(tmp_path / name, tmp_path), "--target", "segmentation", "--steps", "1"]
+
+    masks = flags("a", [0, 3, 9], [0, 11])
+    for more, channels in (([], 12), (["--void-label", "11"], 10), (["--segments", "20"], 20)):
+        found = train(masks, tmp_path / str(channels), *more)
+        assert read(found)["model_config"]["image_channels"] == channels
+    with pytest.raises(ValueError, match="has the label 9, but labels go from 0 to 8"):
+        train(masks, tmp_path / "out", "--segments", "9")
+    with pytest.raises(ValueError, match="hold no label but 0"):
+        train(flags("b", [0], [0, 255]), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    line = log_of(train(flags("c", [0, 1], [255]), tmp_path / "void"))[-1]
+    assert line["codes_used"] >= 1 and not {"val_cross_entropy", "val_accuracy"} & set(line)  # of no pixel
 
 
-def masks(folder: Path, training: int, validation: int) -> list[str]:
-    """Masks of one label in each split, and the flags to train on them."""
-    for split, label in (("train", training), ("val", validation)):
-        (folder / split / "segmentation").mkdir(parents=True)
-        for i in range(4):
-            mask = Image.fromarray(np.full((32, 32), label, np.uint8))
-            mask.save(folder / split / "segmentation" / f"{i}.png")
-    return [*flags(folder, folder / "out", False, False), "--target", "segmentation", "--steps", "1"]
+@pytest.mark.parametrize("stop", [3, 4, 5])  # the discriminator starts in step 4
+def test_a_run_with_a_discriminator_goes_on_bit_for_bit_across_its_start(
+        stop, full, trained, tmp_path, monkeypatch):
+    interrupt(full, tmp_path, stop, monkeypatch)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    assert_bit_equal(train(full, tmp_path, "--resume"), trained)
+    # With more steps a share of them is another step; but what has begun goes on.
+    (tmp_path / "checkpoint.pt").write_bytes(before)
+    longer = train(full, tmp_path, "--resume", "--steps", "10")
+    assert [line["step"] for line in log_of(longer) if "lambda" in line] == [
+        *range(5 if stop < 4 else 4, 11)]
 
 
-def test_masks_need_a_label_beside_0_in_one_of_the_splits(tmp_path):
-    found = train_vq.main(masks(tmp_path / "a", 3, 0))
-    assert torch.load(found, weights_only=True)["model_config"]["image_channels"] == 4
-    with pytest.raises(ValueError, match="hold no label but 0, and 255, which means that a pixel has none"):
-        train_vq.main(masks(tmp_path / "b", 0, 255))
-    assert not (tmp_path / "b" / "out").exists()
+def test_sigterm_to_all_processes_saves_and_ends_in_a_sentence(plain, tmp_path):
+    """As batch systems and closed terminals do it: the process that prepares pictures gets it, too."""
+    flags = [*plain, "--workers", "1", "--steps", "100000", "--out", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_vq.py"), *flags], stderr=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    try:
+        log = tmp_path / "log.jsonl"
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        errors = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    step = read(tmp_path / "checkpoint.pt")["step"]
+    assert process.returncode == 130 and errors.count("\n") == 1
+    assert errors.startswith(f"train_vq.py: stopped after step {step} of 100000;")
+    done = train(flags, tmp_path, "--resume", "--steps", str(step + 2))
+    assert [line["step"] for line in log_of(done)] == list(range(1, step + 3))
 
 
-def test_validation_masks_without_any_label_have_no_scores(tmp_path):
-    *_, line = log_of(train_vq.main([*masks(tmp_path, 1, 255), "--segments", "2"]))
-    assert line["codes_used"] >= 1 and not {"val_cross_entropy", "val_accuracy"} & set(line)
-
-
-def test_masks_use_neither_lpips_nor_discriminator_whatever_the_preset_and_have_a_folder_of_their_own():
-    masks = dataclasses.replace(train_vq.PRESETS["paper"], target="segmentation", data="ade20k")
-    assert not masks.perceives and not masks.adversarial
-    assert dataclasses.replace(masks, image_size=16, perceptual="alexnet")  # which is too small for either
-    assert str(masks.folder) == "runs/vq-paper-ade20k-segmentation"
-    depth = dataclasses.replace(train_vq.PRESETS["paper"], target="depth", data="imagenet")
-    assert depth.perceives and depth.adversarial and str(depth.folder) == "runs/vq-paper-imagenet-depth"
-    assert str(train_vq.PRESETS["demo"].folder) == "runs/vq-demo-scenes"
-
-
-# Resuming
-
-
-@pytest.mark.parametrize("stop", [5, 8])  # while the discriminator trains unheard, and later
-def test_a_run_with_a_discriminator_goes_on_bit_for_bit(stop, folder, trained, tmp_path, monkeypatch):
-    save = run.save_checkpoint
-
-    def save_and_stop(path, checkpoint):
-        save(path, checkpoint)
-        if checkpoint["step"] == stop:
-            raise KeyboardInterrupt
-
-    arguments = [*flags(folder, tmp_path), "--steps", "12", "--checkpoint-every", "1"]
-    with monkeypatch.context() as context:
-        context.setattr(run, "save_checkpoint", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_vq.main(arguments)
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert saved["step"] == stop and saved["adversary"]["steps"] == [4, 7, 10]
-    moved = tmp_path / "elsewhere.pth"
-    moved.write_bytes((folder / "alexnet.pth").read_bytes())
-    resumed = train_vq.main(["--resume", "--out", str(tmp_path), "--data", "folder",
-                             "--perceptual-weights", str(moved)])
-    assert differences(resumed, trained) == []
-
-
-def test_a_longer_run_does_not_stop_hearing_its_discriminator(folder, trained, tmp_path):
-    (tmp_path / "checkpoint.pt").write_bytes(trained.read_bytes())
-    longer = train_vq.main(["--resume", "--out", str(tmp_path), "--data", "folder", "--steps", "30"])
-    lines = log_of(longer)
-    assert len(lines) == 18 and all("lambda" in line and "discriminator" in line for line in lines)
-    assert torch.load(longer, weights_only=True)["adversary"]["steps"] == [4, 7, 10]
-
-
-# What a run says and leaves behind
-
-
-def test_the_status_line_shows_the_losses_that_the_log_holds(folder, tmp_path, capsys):
-    found = train_vq.main([*flags(folder, tmp_path), "--steps", "4"])
-    lines = re.findall(r"^step .*$", capsys.readouterr().out, re.MULTILINE)
-    last = log_of(found)[-1]
-    expected = (f"step 4/4 · train L1 {last['l1']:.4f} + LPIPS {last['perceptual']:.4f} + "
-                f"vq {last['vq']:.4f} · λ {last['lambda']:.3g} · discriminator {last['discriminator']:.3f}, "
-                f"logits real {last['logits_real']:+.2f} fake {last['logits_fake']:+.2f} · "
-                f"val L1 {last['val_l1']:.4f} LPIPS {last['val_lpips']:.4f} · "
-                f"{last['codes_used']} of 16 codes in use")
-    assert lines[-1].startswith(expected)
-    assert lines[0].count("·") == lines[-1].count("·") - 4 and "λ" not in lines[0]
-
-
-def test_the_validation_lpips_is_the_mean_over_the_pictures_as_they_are_shown(folder, trained):
-    checkpoint = torch.load(trained, weights_only=True)
-    vq = VQ(VQConfig(**checkpoint["model_config"]))
-    vq.load_state_dict(checkpoint["model"])
-    distance = losses.PerceptualLoss(folder / "alexnet.pth", "alexnet")
-    values = []
-    for path in (folder / "val").iterdir():
-        image = torch.from_numpy(np.asarray(Image.open(path)).astype(np.float32) / 127.5 - 1)
-        image = image.permute(2, 0, 1)[None]
-        values.append(distance(vq.decode(vq.encode(image)).clamp(-1, 1), image).item())
-    assert log_of(trained)[-1]["val_lpips"] == pytest.approx(np.mean(values), rel=1e-4)
-
-
-def test_the_picture_of_use_is_red_for_unused_codes_and_brighter_for_frequent_ones():
-    cells = colours_of_use(torch.tensor([0.0, 99, 9, 1, 0]))
-    pixels = np.asarray(run.picture_grid(cells, columns=3, side=12)).astype(int)
-    cells = [pixels[row * 14 + 6, column * 14 + 6].tolist() for row, column in np.ndindex(2, 3)]
-    assert pixels.shape == (2 * 12 + 2, 3 * 12 + 2 * 2, 3)
-    red, white = [255, 0, 0], [255, 255, 255]
-    assert cells[0] == cells[4] == red and cells[1] == cells[5] == white
-    assert cells[2] == [128] * 3 and cells[3] == [38] * 3  # halfway between log 1 and log 100; log 2
-
-
-def test_codes_are_counted_before_some_are_moved_and_none_is_moved_in_the_last_step(
-        folder, tmp_path, monkeypatch):
+def test_codes_are_counted_before_dead_ones_move_and_none_moves_in_the_last_step(
+        plain, tmp_path, monkeypatch):
     events = []
-    evaluate, restart, save = train_vq.evaluate, train_vq.restart_dead_codes, run.save_checkpoint
-    monkeypatch.setattr(train_vq, "evaluate", lambda *a: (events.append("evaluate"), evaluate(*a))[1])
-    monkeypatch.setattr(train_vq, "restart_dead_codes", lambda *a: (events.append("restart"), restart(*a))[1])
-    monkeypatch.setattr(run, "save_checkpoint", lambda *a: (events.append("save"), save(*a))[1])
-    train_vq.main([*flags(folder, tmp_path, False, False), "--steps", "6", "--eval-every", "3",
-                   "--checkpoint-every", "3"])
-    assert events == ["evaluate", "restart", "save", "evaluate", "save"]
+    for name in ("evaluate", "restart_dead_codes", "save_checkpoint"):
+        monkeypatch.setattr(train_vq, name, lambda *arguments, name=name, function=getattr(train_vq, name): (
+            events.append(name), function(*arguments))[1])
+    found = train(plain, tmp_path, "--steps", "6", "--eval-every", "3", "--checkpoint-every", "3")
+    assert events == ["evaluate", "restart_dead_codes", "save_checkpoint", "evaluate", "save_checkpoint"]
+    assert read(found)["uses"].sum() == 3 * 4 * 64  # since step 3
 
 
-def test_each_evaluation_draws_the_use_of_the_codes(trained):
-    with Image.open(trained.parent / "step-000012-codes.png") as picture:
-        assert picture.size == (4 * 12 + 3 * 2,) * 2
-        pixels = np.asarray(picture).astype(int)
-    red = sum((pixels[row * 14, column * 14] == [255, 0, 0]).all() for row, column in np.ndindex(4, 4))
-    assert 16 - red == log_of(trained)[-1]["codes_used"]
+def test_dead_codes_move_onto_encoder_outputs_without_old_moments_and_nothing_else_moves():
+    torch.manual_seed(0)
+    vq, images = VQ(VQConfig(3, 8, "1,2", 1, 16, 4)), torch.rand(4, 3, 16, 16)
+    optimizer = torch.optim.Adam(vq.parameters(), fused=True)
+    vq(images)[2].backward()
+    optimizer.step()
+    codebook, dead = vq.quantizer.codebook, torch.arange(16) % 3 == 0
+    moments = optimizer.state[codebook]
+    moments["exp_avg"].fill_(1.0)
+    moments["exp_avg_sq"].fill_(1.0)
+    before = {name: x.clone() for name, x in tensors([vq.state_dict(), optimizer.state_dict()]).items()}
+    train_vq.restart_dead_codes(vq, optimizer, 1.0 - dead.float(), images, ALONE)
+    latents, moved = as_vectors(vq.latents(images)).detach(), codebook.detach().clone()
+    assert all((latents == code).all(1).any() for code in moved[dead]) and len(moved[dead].unique(dim=0)) == 6
+    changed = {name: (x != before[name]).any(1)
+               for name, x in tensors([vq.state_dict(), optimizer.state_dict()]).items()
+               if not torch.equal(x, before[name])}
+    assert len(changed) == 3 and all(torch.equal(rows, dead) for rows in changed.values())
+    assert moments["exp_avg"][dead].eq(0).all() and moments["exp_avg_sq"][dead].eq(0).all()
+    train_vq.restart_dead_codes(vq, optimizer, 1.0 - dead.float(), images * float("nan"), ALONE)
+    assert torch.equal(codebook, moved)
 
 
-def test_a_collapsed_codebook_warns_and_says_what_helps(folder, trained, tmp_path, capsys):
-    checkpoint = torch.load(trained, weights_only=True)
-    config = dataclasses.replace(train_vq.TrainConfig(**checkpoint["config"]), codebook_size=32)
-    validation = data.open_dataset("folder", str(folder), "val", 32)
-    process = run.Process(torch.device("cpu"), 0, 1)
+def test_the_picture_of_use_is_red_for_unused_codes_and_brighter_for_frequent_ones(trained, tmp_path):
+    config = train_vq.TrainConfig(**read(trained)["config"])
+    validation = data.open_dataset("folder", config.data_dir, "val", data.Preparation(**read(trained)["preparation"]))
+    counts = torch.tensor([0.0, 99, 9, 1, 0])
+    train_vq.draw(VQ(config.model()), validation, counts, config, tmp_path / "use.png")
+    pixels = np.asarray(Image.open(tmp_path / "use-codes.png"))
+    found = [pixels[row * 14 + 6, column * 14 + 6].tolist() for row, column in np.ndindex(2, 3)]
+    red, white = [255, 0, 0], [255, 255, 255]
+    assert found == [red, white, [128] * 3, [38] * 3, red, white]  # log 100, its half, log 2; an empty place
+
+
+def test_a_collapsed_codebook_warns_and_says_what_helps(trained, capsys):
+    config, (images,) = open_split(trained, "val", data.fixed_order(4, 4))
+    config = dataclasses.replace(config, codebook_size=32)
+    validation = data.open_dataset("folder", config.data_dir, "val", data.Preparation(**read(trained)["preparation"]))
     vq = VQ(config.model())
-    for used, warns in ((1, True), (2, False)):
+    for used in (1, 2):
         vq.quantizer.codebook.data.fill_(100.0)
-        vq.quantizer.codebook.data[:used] = as_vectors(vq.latents(next(data.load(
-            validation, data.fixed_order(4, 4), process.device, 0)))).detach()[[0, -1]][:used]
-        scores = train_vq.evaluate(vq, None, validation, config, process, tmp_path / "a.png")
-        assert scores["codes_used"] == used and "val_lpips" not in scores
-        sentence = f"warning: {used} of 32 codes in use; what helps: --restart-every"
-        assert (sentence in capsys.readouterr().out) == warns
+        vq.quantizer.codebook.data[:used] = as_vectors(vq.latents(images)).detach()[[0, -1]][:used]
+        scores, counts = train_vq.evaluate(vq, None, validation, config, ALONE)
+        assert scores["codes_used"] == (counts > 0).sum() == used
+        assert ("warning: 1 of 32 codes in use; what helps: " in capsys.readouterr().out) == (used == 1)
 
 
-# Mistakes
+def test_a_diverged_run_spares_the_checkpoint_and_ends_in_a_sentence(full, tmp_path, monkeypatch, capsys):
+    before = train(full, tmp_path, "--log-every", "50", "--steps", "2").read_bytes()
+    for steps in (8, 3):  # losses between two status lines, and weights that an evaluation finds
+        more = ["--out", tmp_path, "--resume", "--steps", steps, "--log-every", 50, "--lr", 1e30]
+        status, _, errors = shell("train_vq.py", [*full, *more], monkeypatch, capsys)
+        assert status == 1 and re.fullmatch(r"train_vq.py: the \w+ loss became nan: .* lower --lr\n", errors)
+        assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_mistakes_end_in_a_sentence_and_leave_nothing(folder, tmp_path, monkeypatch, capsys):
-    def refuse(*arguments, **options):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    out = tmp_path / "out"
-    base, bad = flags(folder, out, False, False), tmp_path / "bad.pth"
-    bad.write_bytes(b"no weights")
-    named, alexnet = ["--perceptual-weights", str(folder / "alexnet.pth")], ["--perceptual", "alexnet"]
-    fetching = (r"vgg16-397923af.pth is not in \S*hub/checkpoints and could not be fetched from https://\S+ "
-                ".*no route.*--perceptual-weights, or leave LPIPS out with --perceptual none")
-    cases = [
-        (["--perceptual", "vgg16"], 1, fetching),
-        (alexnet, 1, "alexnet-owt-7be5be79.pth is not in"),
-        ([*alexnet, "--perceptual-weights", str(tmp_path / "none.pth")], 1, "none.pth does not"),
-        ([*alexnet, "--perceptual-weights", str(bad)], 1, "bad.pth is damaged"),
-        (["--perceptual", "vgg16", *named], 1, "cannot be the LPIPS weights of vgg16"),
-        (named, 2, "perceptual_weights names a file but perceptual is 'none'; add --perceptual vgg16"),
-        (["--perceptual", "vgg19"], 2, "perceptual is 'vgg19'; choose one of none, vgg16, alexnet"),
-        ([*alexnet, *named, "--image-size", "30"], 2, "image_size is 30, too small .* 31"),
-        (["--discriminator-weight", "0.8", "--image-size", "22"], 2, "image_size is 22, too small .* 24"),
-        (["--discriminator-layers", "0"], 2, "discriminator_layers is 0; it must be at least 1"),
-        (["--discriminator-weight", "-1"], 2, "discriminator_weight is -1.0; it must be at least 0"),
-        (["--discriminator-start", "-1"], 2, "discriminator_start is -1.0; it must be at least 0"),
-        (["--discriminator-warmup", "-1"], 2, "discriminator_warmup is -1.0; it must be at least 0"),
-        (["--discriminator-ramp", "-1"], 2, "discriminator_ramp is -1.0; it must be at least 0"),
-        (["--perceptual-weight", "-1"], 2, "perceptual_weight is -1.0; it must be at least 0"),
-        (["--accumulate", "0"], 2, "accumulate is 0; it must be at least 1"),
-        (["--accumulate", "3"], 2, r"4, which cannot be shared evenly by 1 process\(es\), in 3 parts each; .* 3"),
-        (["--target", "normals"], 2, "'normals'; it has image, segmentation, depth, pose"),
-        (["--target", "depth", "--data", "cifar10"], 2, "cifar10 has no 'depth'; it has image"),
-        (["--target", "depth"], 1, "depth is no folder; depth files are expected there"),
-        (["--target", "segmentation", "--segments", "-1"], 2, "segments is -1; it must be at least 0"),
-        (["--segments", "256"], 2, "segments is 256; labels end at 254, so it must be at most 255"),
-        (["--void-label", "-1"], 2, "void_label is -1; it must be at least 0"),
-    ]
-    for more, status, sentence in cases:
-        code, errors = shell([*base, *more], monkeypatch, capsys)
+def test_mistakes_end_in_a_sentence_and_leave_nothing(plain, lpips, tmp_path, monkeypatch, capsys):
+    wrong = ("discriminator_layers 0,discriminator_start nan,discriminator_ramp inf,perceptual_weight -1.0,"
+             f"segments 256,void_label -1,codebook_size 65537,restart_every -1,seed {2**63}").split(",")
+    cases = [(plain, f"--{text.replace('_', '-')}", 2, f"{text.replace(' ', ' is ')}; it must") for text in wrong]
+    useless = [(plain, ("perceptual-weights x", "perceptual-weight 1", "segments 3", "discriminator-start 0.5",
+                        "discriminator-ramp 0.5", "discriminator-layers 2")),
+               (SCENES, ("data-dir x", "flip", "upscale", "void-label 9")),
+               (MASKS, ("perceptual alexnet", "discriminator-weight 1"))]
+    cases += [(flags, f"--{flag}", 2, f"--{flag.split()[0]} has no effect here")
+              for flags, those in useless for flag in those]
+    cases += [
+        (lpips, "--perceptual vgg16", 1, "cannot be the LPIPS weights of vgg16"),
+        (lpips, "--image-size 30", 2, "image_size is 30, too small .* 31"),
+        (plain, "--discriminator-weight 0.8", 2, "image_size is 16, too small .* 24"),
+        (plain, "--image-size 17", 2, "image_size is 17, .*choose a multiple of 2"),
+        (plain, "--target normals", 2, "has no 'normals'"), (plain, "--target depth", 1, "depth is no folder"),
+        (plain, "--device meta", 2, "device is 'meta', which torch cannot use here"),
+        (plain, "--code-width 1000000000", 1, "too little memory")]
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    for flags, more, status, sentence in cases:
+        if "code-width" in more:
+            resource.setrlimit(resource.RLIMIT_AS, (2**36, limits[1]))
+        arguments = [*flags, *more.split(), "--out", tmp_path / "out"]
+        code, _, errors = shell("train_vq.py", arguments, monkeypatch, capsys)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
         assert (code, errors.count("\n")) == (status, 1) and re.search(sentence, errors), (more, errors)
-        assert not out.exists(), more
+        assert not (tmp_path / "out").exists(), more
 
 
-# Several processes
+class Unnormalized(losses.PatchDiscriminator):
+    """Without norms, whose statistics depend on which process has which pictures, as with the authors."""
 
-WORKER = """
-import sys, torch
-sys.path.insert(0, {root!r})
-import losses, run, train_vq
-
-class Unnormalized(losses.PatchDiscriminator):  # batch statistics depend on who has which pictures
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        for i, module in enumerate(self.main):
-            if {unnormalized} and isinstance(module, torch.nn.BatchNorm2d):
-                self.main[i] = torch.nn.Identity()
+        self.main = torch.nn.Sequential(*(module for module in self.main
+                                          if not isinstance(module, torch.nn.BatchNorm2d)))
 
-kept, opened = [], train_vq.open_adversary
-def keep(*arguments):
-    kept.append(opened(*arguments))
-    return kept[-1]
-class Kept(train_vq.VQ):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        kept.append(self)
-train_vq.VQ, train_vq.open_adversary, train_vq.PatchDiscriminator = Kept, keep, Unnormalized
-train_vq.main(sys.argv[1:])
-if torch.distributed.is_initialized():
-    for network in (kept[0], kept[1].discriminator):
-        for weight in network.parameters():
-            weights = [torch.empty_like(weight) for _ in range(2)]
-            torch.distributed.all_gather(weights, weight.detach())
-            assert torch.equal(*weights)
-    print("replicas agree")
+
+def work():
+    """One of two processes: train as the command line says, and compare all weights with the other's."""
+    networks = []
+    for name, made in (("VQ", VQ), ("PatchDiscriminator", Unnormalized)):
+        setattr(train_vq, name, lambda *arguments, made=made, **options: (
+            networks.append(made(*arguments, **options)), networks[-1])[1])
+    train_vq.main()
+    for weight in (weight for network in networks for weight in network.parameters()):
+        weights = [torch.empty_like(weight) for _ in range(2)]
+        torch.distributed.all_gather(weights, weight.detach())
+        assert torch.equal(*weights)
+    print("replicas agree", flush=True)
     torch.distributed.destroy_process_group()
-"""
+    os._exit(0)  # DistributedDataParallel keeps threads of gloo alive, which can abort a normal exit
 
 
-@pytest.mark.parametrize("unnormalized", [True, False])
-def test_two_processes_agree_and_compute_what_one_does(unnormalized, folder, tmp_path):
-    """But for the norms of the discriminator: each process has its own statistics, as with the authors."""
-    (tmp_path / "worker.py").write_text(WORKER.format(root=str(ROOT), unnormalized=unnormalized))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    models = []
-    for name, launcher in (("one", []), ("two", torchrun))[not unnormalized:]:
-        command = [sys.executable, *launcher, str(tmp_path / "worker.py"), *flags(folder, tmp_path / name),
-                   "--steps", "8", "--discriminator-start", "0.25",  # below: λ is that of each part
-                   *(["--restart-every", "0"] if unnormalized else ["--restart-every", "3", "--accumulate", "2"])]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("replicas agree") == (2 if launcher else 0)
-        checkpoint = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
-        since_restart = 8 if unnormalized else 2  # steps; the uses are those of both processes
-        assert checkpoint["uses"].sum() == since_restart * 4 * 16 * 16
-        models.append(checkpoint["model"] | checkpoint["adversary"]["discriminator"])
-    if unnormalized:
-        for name, weight in models[0].items():
-            assert torch.allclose(weight, models[1][name], rtol=1e-3, atol=1e-4), name
-        one, two = (log_of(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
-        for before, after in zip(one, two):
-            for name in ("l1", "perceptual", "lambda", "discriminator", "logits_real", "val_lpips"):
-                if name in before:
-                    close = pytest.approx(before[name], rel=2e-3, abs=1e-4)
-                    assert after[name] == close, (before["step"], name)
+def test_two_processes_agree_and_compute_what_one_does(full, tmp_path, monkeypatch):
+    flags = [*full, "--codebook-size", "64", "--discriminator-start", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__,
+               *flags, "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and done.stdout.count("replicas agree") == 2, done.stderr
+    monkeypatch.setattr(train_vq, "PatchDiscriminator", Unnormalized)
+    paths = train(flags, tmp_path / "one"), tmp_path / "two" / "checkpoint.pt"
+    one, two = map(read, paths)
+    assert one["uses"].sum() == two["uses"].sum() == 2 * 4 * 256 and one["uses"].min() == 0  # since step 6
+    for name, weight in one["model"].items():
+        assert torch.allclose(weight, two["model"][name], rtol=1e-3, atol=1e-3), name
+    for before, after in zip(*map(log_of, paths)):
+        for name in before.keys() - {"ms_per_step", "images_per_s"}:
+            assert after[name] == pytest.approx(before[name], rel=2e-3, abs=1e-4), (before["step"], name)
+
+
+if __name__ == "__main__":
+    work()
