@@ -66,7 +66,8 @@ def loops(instructions) -> list[list[str]]:
 def measure(kernel) -> dict:
     """What became of a kernel, and of its inner step: the shortest loop that multiplies on tensor cores."""
     text, instructions = disassemble(kernel.asm["cubin"])
-    step = next((loop for loop in loops(instructions) if "MMA" in " ".join(loop)), [])
+    step = next((loop for loop in loops(instructions)
+                 if any(name.startswith(TENSOR_CORES) for name in loop)), [])
     return {
         "kernel": kernel.metadata.name,
         "registers": int(re.search(r"REG:(\d+)", text)[1]),
