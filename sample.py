@@ -53,6 +53,7 @@ class SampleConfig:
 
     class_: str = ""  # names or numbers of classes, separated by commas: a row of samples each
     condition: str = ""  # mask, depth map, pose or key points, or a folder of them: a row of samples each
+    data_dir: str = ""  # where validation conditions come from, if none is named; empty: as in training
     complete: str = ""  # picture, or folder of them, of which the first codes are kept: a row of samples each
     keep: float = 0.5  # share of the codes that --complete keeps, in the model's own order
     hide: bool = False  # grey out the other pixels before --complete encodes: each code sees all of them
@@ -199,8 +200,8 @@ def list_conditions(prior: Prior, config: SampleConfig) -> Iterator[Row]:
         raise run.UsageError("a larger size needs a --class, or a --condition of that size")
     else:
         preparation = replace((stage or prior.image).preparation, fields=(prior.condition,))
-        name, directory = prior.trained_on["data"], prior.trained_on["data_dir"]
-        dataset = data.open_dataset(name, directory, "val", preparation)
+        directory = config.data_dir or prior.trained_on["data_dir"]
+        dataset = data.open_dataset(prior.trained_on["data"], directory, "val", preparation)
         values = (torch.as_tensor(dataset[i, None][prior.condition])[None] for i in range(len(dataset)))
     for value in values:
         if stage:
