@@ -5,8 +5,8 @@
 Four samples for each of 200 validation scenes: L1 to the picture as the first stage reconstructs it, the standard deviation
 between the four, and mIoU with the picture's mask (by ../conditions/judge.py). A model of several scales is given 0, 1, 2, … of
 them. A model of one scale is given half of the codes: of the whole picture, whose codes know of the other half (group
-normalization and attention see all pixels), or of one whose other half is hidden before encoding: greyed, repeated from the edge
-of what is known, or mirrored at it.
+normalization and attention see all pixels), or of one whose other half is hidden before encoding: greyed, or where the known
+half is a rectangle, repeated from its edge or mirrored there.
 """
 import sys
 from pathlib import Path
@@ -70,7 +70,8 @@ def main():
         known = (layout.grids(torch.arange(T)[None])[0] < T // 2)[None].float()  # (1, 1, h, w)
         known = F.interpolate(known, size=truth.images.shape[2:])[0, 0] > 0
         print(f"  half of the whole picture's codes: {measure(prior, truth.images, T // 2, truth, judge)}", flush=True)
-        for fill in ("grey", "edge", "mirror"):
+        rectangle = known.any(1).sum() * known.any(0).sum() == known.sum()
+        for fill in ("grey", "edge", "mirror") if rectangle else ("grey",):
             hidden = hide(truth.images, known, fill)
             print(f"  half, the rest {fill}: {measure(prior, hidden, T // 2, truth, judge)}", flush=True)
 

@@ -3,7 +3,7 @@
 # results/five-orders/run.sh:
 #     bash results/multiscale/run.sh
 set -euo pipefail
-python train_gpt.py --multiscale
+python train_gpt.py --multiscale --steps 3000
 cp runs/gpt-demo-scenes-row-multiscale/log.jsonl results/multiscale/log.jsonl
 cp runs/gpt-demo-scenes-row-multiscale/loss-map.png results/multiscale/loss_map.png
 python results/multiscale/measure.py runs/gpt-demo-scenes-row-multiscale/checkpoint.pt \
