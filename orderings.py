@@ -189,7 +189,7 @@ class TokenLayout:
         if self.order not in ORDERINGS:
             raise ValueError(f"order is {self.order!r}; choose one of {', '.join(ORDERINGS)}")
         sides = (*self.scales, min(self.height, self.width))
-        if any(b <= a or self.height % a or self.width % a for a, b in zip(sides, sides[1:])):
+        if any(a < 1 or b <= a or self.height % a or self.width % a for a, b in zip(sides, sides[1:])):
             raise ValueError(f"scales are {self.scales}; they must grow, and divide "
                              f"{self.height}×{self.width}")
         if (self.condition_size > 0) != (self.condition_length > 0):
@@ -240,6 +240,8 @@ class TokenLayout:
         all tokens are the null token, which starts an unconditional sequence. Raises ValueError.
         """
         if condition is None:
+            if not self.null_token:
+                raise ValueError("this model has no null token: it needs a condition")
             condition = torch.full((batch, self.prefix_length), -1)
         condition = condition.reshape(batch, -1)
         if condition.shape[1] != self.prefix_length:
@@ -256,7 +258,7 @@ class TokenLayout:
     def tokens(self, grids: list[Tensor], condition: Tensor | None) -> Tensor:
         """Grids coarse to fine, (B, h, w) each, and a condition as in `prefix` → (B, P + T) int64."""
         image = self.image_tokens(grids)
-        return torch.cat([self.prefix(condition, len(image)).to(image.device), image], 1)
+        return torch.cat([self.prefix(condition, len(image)).to(image.device, non_blocking=True), image], 1)
 
     def grids(self, image_tokens: Tensor) -> list[Tensor]:
         """The inverse, also for losses or ranks by step: (B, T) → grids coarse to fine, (B, h, w) each."""

@@ -42,7 +42,7 @@ def claim(folder: Path, first_step: int) -> TextIO:
     for part in folder.glob("*.part"):
         part.unlink()
     log = folder / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() and first_step else []
+    lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() and first_step else []
     part = log.with_suffix(".part")
     part.write_text("".join(line for line in lines if step_of(line) <= first_step))
     part.replace(log)
@@ -104,7 +104,7 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
 
 
 def describe_data(config: Any, dataset, checkpoint: dict | None) -> dict:
-    """What a data set is recognized by, for the checkpoint; compared with that of a run that goes on.
+    """The identity of a data set, for the checkpoint; on resume compared with the one there.
 
     A folder that was moved goes on silently, one with other pictures only in the same place, and says so.
     Raises ValueError for other pictures elsewhere, or other classes.
@@ -122,6 +122,24 @@ def describe_data(config: Any, dataset, checkpoint: dict | None) -> dict:
         print(f"pictures were added to {config.data_dir} or removed: training goes on with those that are "
               "there now, in an order drawn anew", flush=True)
     return known
+
+
+def check_finite(losses: dict[str, float]):
+    """Raises ValueError, before anything is drawn or saved, if a run has diverged."""
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            raise ValueError(f"the {name} loss became {value}: go on with --resume and a lower --lr")
+
+
+def memory(device: torch.device) -> float:
+    """Peak memory in GiB: torch's on a GPU, the process's on a CPU (nan where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def random_state() -> dict[str, Tensor]:
@@ -163,5 +181,7 @@ def save_picture(picture: Image.Image, path: Path, **options):
     try:
         picture.save(part, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"), **options)
         part.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error.strerror or error}): make room") from None
     finally:
         part.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from outputs import claim, load_checkpoint
+from outputs import check_finite, claim, load_checkpoint, memory
 
 
 class UsageError(ValueError):
@@ -53,7 +53,7 @@ def configure(presets: dict[str, Any], argv: list[str] | None) -> tuple[Any, dic
                 raise UsageError(f"{name} is {getattr(config, name)!r} but the run in {config.folder} has "
                                  f"{value!r}; leave {flag(name)} out to go on, or name another --out")
     elif path and config.resume:
-        print(f"{path} does not exist yet: starting at step 0")
+        print(f"{path} does not exist yet: starting at step 0", flush=True)
     for useless, names, reason in config.without_effect():
         for name in set(names.split()) & set(flags) if useless else ():
             raise UsageError(f"{flag(name)} has no effect here: {reason}")
@@ -115,7 +115,7 @@ def check_training(config: Any):
 
 
 def learning_rate(config: Any, step: int) -> float:
-    """lr of step 1, 2, …: linear warm-up, then constant (the paper), or a cosine to a twentieth (`decay`)."""
+    """lr of step 1, 2, …: linear warm-up, then constant (the paper) or cosine decay to a twentieth."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if not config.decay:
@@ -146,6 +146,18 @@ class Process(NamedTuple):
         if self.world > 1:
             torch.distributed.all_reduce(values)
         return values
+
+    def any(self, flag: bool) -> bool:
+        return flag if self.world == 1 else bool(self.total(torch.tensor(float(flag), device=self.device)))
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process runs the block before the others: it downloads what is missing."""
+        if self.rank > 0:
+            self.wait_for_all()
+        yield
+        if self.rank == 0:
+            self.wait_for_all()
 
     def gather(self, values: Tensor) -> Tensor:
         """The batch (B, …) of which each process has every world-th element (B / world, …)."""
@@ -204,19 +216,20 @@ def steps(config: Any, process: Process, first_step: int) -> Iterator[tuple[int,
 
     Ctrl-C and SIGTERM are deferred: one more step is made, which saves, then KeyboardInterrupt is raised.
     """
+    if process.rank > 0:  # else all would drop out the same activations
+        torch.manual_seed(hash((config.seed, first_step, process.rank)) % 2**63)
     with deferred_signals() as received:
         for step in range(first_step + 1, config.steps + 1):
             last, stop = step == config.steps, bool(received)
-            if process.world > 1:  # all must agree; asking synchronizes with the GPU, so not at each step
-                asked = torch.tensor(float(stop), device=process.device)
-                stop = step % 10 == 0 and bool(process.total(asked))
+            if process.world > 1:  # all must agree; asking synchronizes with the GPU, so only now and then
+                stop = step % 10 == 0 and process.any(stop)
             evaluate = last or step % config.eval_every == 0
             save = last or stop or step % config.checkpoint_every == 0
             yield step, Due(evaluate, evaluate or save or step % config.log_every == 0, save)
             if stop and not last:
                 raise KeyboardInterrupt(f"stopped after step {step} of {config.steps}; "
                                         f"{config.folder / 'checkpoint.pt'} is saved, --resume goes on")
-    if received and process.world == 1:  # in the last step: whoever called this script must stop as well
+    if process.any(bool(received)):  # in the last steps: train_gpt.py, if it called this, must stop as well
         raise KeyboardInterrupt(f"stopped after the last step; {config.folder / 'checkpoint.pt'} is saved")
 
 
@@ -246,12 +259,13 @@ def command_line(main: Callable[[], None]):
     try:
         main()
     except KeyboardInterrupt as error:
-        status, message = 130, str(error) or "interrupted; what was written so far is intact"
+        status, message = 130, str(error) or "interrupted; checkpoints and finished code caches are intact"
     except UsageError as error:
         status, message = 2, str(error) if os.environ.get("RANK", "0") == "0" else None  # all have the same
     except (ValueError, OSError) as error:
         # An error in a worker process arrives with that process's traceback in front of the sentence.
-        status, message = 1, re.sub(r"^\w+Error: ", "", str(error).strip().splitlines()[-1])
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        status, message = 1, re.sub(r"^\w+Error: ", "", lines[-1])
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate" not in str(error):
             raise
@@ -321,13 +335,6 @@ class Log:
                               " the last checkpoint with --resume") from None
 
 
-def check_finite(losses: dict[str, float]):
-    """Raises ValueError, before anything is drawn or saved, if a run has diverged."""
-    for name, value in losses.items():
-        if not math.isfinite(value):
-            raise ValueError(f"the {name} loss became {value}: go on with --resume and a lower --lr")
-
-
 def si(number: float) -> str:
     thousands = f"{number / 1e3:.1f}k" if number < 1e6 else f"{number / 1e6:.1f}M"
     return f"{number:.0f}" if number < 1e3 else thousands
@@ -337,14 +344,3 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
-
-
-def memory(device: torch.device) -> float:
-    """Peak memory in GiB: torch's on a GPU, the process's on a CPU (nan where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -56,10 +56,10 @@ class SampleConfig:
     data_dir: str = ""  # where validation conditions come from, if none is named; empty: as in training
     complete: str = ""  # picture, or folder of them, of which the first codes are kept: a row of samples each
     keep: float = 0.5  # share of the codes that --complete keeps, in the model's own order
-    hide: bool = False  # grey out the other pixels before --complete encodes: each code sees all of them
+    hide: bool = False  # grey out the part to be completed before encoding: else the kept codes leak it
     scales_from: str = ""  # picture whose 0, 1, 2, … coarsest scales are kept: a row each, §3
 
-    count: int = 0  # samples; with rows, in each row; 0: 64, or 4 in each row
+    count: int = 0  # samples; of each class, file or scale if some are named; 0: 64, or 4 of each
     size: str = ""  # HEIGHTxWIDTH in pixels, larger than in training, by a sliding window
     batch_size: int = 64  # samples drawn at a time
     seed: int = 0  # of the samples
@@ -71,10 +71,11 @@ class SampleConfig:
 
     def __post_init__(self):
         run.check_at_least(self, 1, "batch_size")
-        run.check_at_least(self, 0, "seed", "n_head", "count")
+        run.check_at_least(self, 0, "n_head", "count")
         self.sampling
-        if not 0 <= self.keep <= 1:
-            raise ValueError(f"keep is {self.keep}; it must lie in [0, 1]")
+        for name, end in (("keep", 1), ("seed", 2**63 - 1)):
+            if not 0 <= getattr(self, name) <= end:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, {end}]")
         if self.animate and not self.animate.endswith(".gif"):
             raise ValueError(f"animate is {self.animate!r}; it must name a .gif file")
         if self.size and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size):
@@ -166,7 +167,9 @@ def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int, int]:
         raise run.UsageError(f"size is {config.size}; both must be multiples of {f}, and at least "
                              f"{layout.height * f}x{layout.width * f}, as in training")
     if config.scales_from or config.complete:
-        row = next(iter(list_conditions(prior, config))) if named else Row()
+        row, *more = list_conditions(prior, config) if named else [Row()]
+        if more:
+            raise run.UsageError("all rows of --complete and --scales-from have one condition; name only one")
         if prior.condition and not named and not layout.null_token:
             raise run.UsageError(f"this model needs a condition ({prior.condition}); name one with "
                                  f"--{'class' if prior.condition == 'class' else 'condition'}")
@@ -213,7 +216,10 @@ def list_conditions(prior: Prior, config: SampleConfig) -> Iterator[Row]:
 
 def list_inputs(name: str, field: str) -> list[Path]:
     """The file, or all files of a field in the folder, of that name."""
-    return list_files(Path(name), field) if Path(name).is_dir() else [Path(name)]
+    paths = list_files(Path(name), field) if Path(name).is_dir() else [Path(name)]
+    if not paths:
+        raise run.UsageError(f"{name} holds no files of {field}; name a file, or a folder that has some")
+    return paths
 
 
 def find_class(name: str, classes: tuple[str, ...]) -> int:
@@ -313,7 +319,7 @@ def fill_animation(prior: Prior, tokens: Tensor) -> list[Image.Image]:
 
 def benchmark(config: SampleConfig, device: torch.device):
     """Print tokens and pictures per second, with and without the key/value cache, decoding included."""
-    if config.preset == "paper" and not Path(config.checkpoint).exists():  # its shape, with random weights
+    if config.checkpoint == PRESETS["paper"].checkpoint and not Path(config.checkpoint).exists():
         layout = TokenLayout(codebook_size=1024, height=16, width=16)
         image = FirstStage(VQ(VQConfig()), "image", data.Preparation(256), {})
         prior = Prior(GPT(GPTConfig(layout.vocab_size, layout.block_size)), layout, {"image": image}, {})

@@ -129,14 +129,14 @@ class CodeCache:
         absent. Raises OSError for a full disk, ValueError for a damaged file.
         """
         views, N = self.views if split == "train" else 1, len(dataset)
-        paths, shapes = {}, {}
+        paths, shapes, fingerprint = {}, {}, dataset.fingerprint()
         for field, stage in stages.items():
             seed = self.seed if views > 1 else None
-            text = json.dumps([field, stage and stage.hash(), dataset.fingerprint(), views, seed])
+            text = json.dumps([field, stage and stage.hash(), fingerprint, views, seed])
             paths[field] = self.directory / f"codes-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
             shapes[field] = (views, N, stage.side, stage.side) if stage else (views, N)
-        missing = process.agree([os.getpid(), *(name for name, path in paths.items() if not path.is_file())])
-        identity, *fields = missing  # of the first process: all write into the same files
+        missing = [name for name, path in paths.items() if not path.is_file()]
+        identity, fields = process.agree([os.getpid(), missing])  # of the first: all write the same files
         if fields:
             parts = {field: paths[field].with_suffix(f".{identity}.part") for field in fields}
             if process.rank == 0:

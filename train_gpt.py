@@ -44,7 +44,7 @@ class TrainConfig:
 
     data: str = "folder"  # scenes, cifar10, folder, imagenet, restricted-imagenet, ade20k, deepfashion
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
-    workers: int = -1  # processes that prepare pictures for the encoder; -1: as many as help
+    workers: int = -1  # of the data loader; -1: one a core, at most 8 (none for data in memory)
     vq: str = ""  # first stage: by train_vq.py, or the authors' (vqgan.ckpt); empty: runs/vq-PRESET-DATA/
     views: int = 1  # encodings of each training picture: not augmented, then cropped or flipped at random
     codes_dir: str = "runs/codes"  # folder of the code cache, which all runs share
@@ -58,7 +58,7 @@ class TrainConfig:
     n_layer: int = GPTConfig.n_layer  # layers, §A.1
     n_head: int = GPTConfig.n_head  # attention heads
     n_embd: int = GPTConfig.n_embd  # width
-    dropout: float = GPTConfig.dropout  # share of activations dropped in training
+    dropout: float = GPTConfig.dropout  # dropout probability
     gelu: str = GPTConfig.gelu  # tanh: GPT-2's approximation; none: the exact function, faster on a CPU
 
     steps: int = 500_000  # training steps; the paper gives none
@@ -67,9 +67,9 @@ class TrainConfig:
     beta1: float = 0.9  # of AdamW; this and the next two as in the authors' released model
     beta2: float = 0.95  # of AdamW
     weight_decay: float = 0.01  # of the weights of linear layers
-    clip: float = 0.0  # largest norm of the gradient; 0: no limit
+    clip: float = 0.0  # gradient clipping by norm; 0: none
     warmup_steps: int = 0  # steps of linear warm-up of lr
-    decay: bool = False  # let lr fall to a twentieth along a cosine
+    decay: bool = False  # cosine decay of lr to a twentieth
 
     temperature: float = 1.0  # of the sampled pictures, §A.1
     top_k: int = 100  # most probable codes that are sampled from, §A.1; 0: all
@@ -246,8 +246,9 @@ def encode_pictures(config: TrainConfig, stages: Stages, checkpoint: dict | None
                              f"{config.condition} at {own.size}; they must agree")
         preparation = replace(preparation, void_label=own.void_label, segments=own.segments)
     cache = CodeCache(Path(config.codes_dir), config.seed, config.views)
-    datasets = {split: data.open_dataset(config.data, config.data_dir, split, preparation)
-                for split in ("train", "val")}
+    with process.first_alone():  # it may have to download
+        datasets = {split: data.open_dataset(config.data, config.data_dir, split, preparation)
+                    for split in ("train", "val")}
     trained_on = describe_data(config, datasets["train"], checkpoint)
     workers = data.worker_count(config.workers, config.data)
     training, validation = (cache.codes(split, dataset, stages, process, workers)
@@ -283,7 +284,7 @@ def describe(config: TrainConfig, prior: Prior, training: dict, validation: dict
           f"pictures · {condition}{sizes} codes in the order {config.order} · {layout.vocab_size:,} tokens, "
           f"{layout.block_size} positions, {parameters:,} parameters · {device} · {config.folder}\n"
           f"baselines: {math.log(layout.codebook_size):.3f} nats/token for a uniform guess, {unigram:.3f} "
-          "for the frequency of each code", flush=True)
+          "for the frequency of each code of the finest grid", flush=True)
 
 
 @torch.no_grad()
@@ -338,7 +339,7 @@ def draw_samples(prior: Prior, validation: dict[str, np.ndarray], config: TrainC
 
 
 def draw_loss_map(cells: list[list[list[float]]], path: Path):
-    """Which cells are hard to predict: a panel for each grid of nats (h, w), the brighter the more."""
+    """Validation loss by grid cell, (h, w) nats: a panel for each scale, brighter is higher."""
     grids = [torch.tensor(grid)[None, None] for grid in cells]  # (1, 1, h, w) each
     most = max(grid.max() for grid in grids)
     panels = [F.interpolate(grid / most * 2 - 1, size=grids[-1].shape[2:], mode="nearest") for grid in grids]

@@ -45,23 +45,23 @@ class TrainConfig:
     image_size: int = 256  # pixels along each side, §2
     flip: bool = False  # mirror half of the training pictures
     upscale: bool = True  # enlarge pictures that are smaller than image_size instead of refusing them
-    workers: int = -1  # processes that prepare pictures; -1: as many as help
+    workers: int = -1  # of the data loader; -1: one a core, at most 8 (none for data in memory)
 
     base_channels: int = VQConfig.base_channels  # channels of the network at full resolution
     channel_multipliers: str = VQConfig.channel_multipliers  # times base_channels; each comma halves the size
     residual_blocks: int = VQConfig.residual_blocks  # residual blocks per resolution
     codebook_size: int = VQConfig.codebook_size  # K, codes to choose from, §A.1
     code_width: int = VQConfig.code_width  # D, numbers per code, §A.1
-    commitment_weight: float = VQConfig.commitment_weight  # beta, pull of the encoder towards its code, §A.1
+    commitment_weight: float = VQConfig.commitment_weight  # β, weight of the commitment loss, §A.1
     restart_every: int = 100  # steps after which dead codes, unused since, are reinitialized; 0: never
 
     perceptual: str = "vgg16"  # LPIPS beside L1, §A.1, by vgg16 or alexnet; or none, as always for masks
     perceptual_weights: str = ""  # file of LPIPS weights; empty: fetched once, 553 MB (alexnet: 244 MB)
     perceptual_weight: float = 1.0  # of LPIPS; 0: only measured. As the next: the authors' release
     discriminator_weight: float = 0.8  # of the adversarial loss, times λ; 0: none, as for masks
-    discriminator_start: float = 0.5  # step, or share of the steps below 1, from which it trains
-    discriminator_ramp: float = 0.1  # steps, or share of the steps below 1, in which its weight grows from 0
-    discriminator_layers: int = 3  # its depth: 3 judges patches of 70×70 pixels, 2 of 34×34, 1 of 16×16
+    discriminator_start: float = 0.5  # step, or below 1 share of the steps, at which it starts to train
+    discriminator_ramp: float = 0.1  # steps, or share of them, of the linear ramp of its weight from 0
+    discriminator_layers: int = 3  # strided layers; receptive field 70×70 with 3, 34×34 with 2, 16×16 with 1
 
     steps: int = 500_000  # training steps; the paper gives none
     batch_size: int = 12  # pictures per step, over all processes, §A.1
@@ -70,7 +70,7 @@ class TrainConfig:
     beta1: float = 0.5  # of Adam; this and the next as in the authors' released model
     beta2: float = 0.9  # of Adam
     warmup_steps: int = 0  # steps of linear warm-up of lr
-    decay: bool = False  # let lr fall to a twentieth along a cosine
+    decay: bool = False  # cosine decay of lr to a twentieth
 
     log_every: int = 100  # steps between two status lines
     eval_every: int = 5000  # steps between two evaluations on all validation pictures, each with a picture
@@ -128,6 +128,7 @@ class TrainConfig:
         """Flags that do nothing if the first value is true, and why."""
         return [
             (self.data == "scenes", "data_dir flip upscale", "the scenes are drawn, not read or augmented"),
+            (self.data == "cifar10", "upscale", "CIFAR-10's pictures are 32×32"),
             (not self.one_hot or self.data == "scenes", "segments void_label", "these are no files of masks"),
             (self.one_hot, "perceptual discriminator_weight", "masks are trained with cross-entropy alone"),
             (not self.perceives, "perceptual_weights perceptual_weight", "there is no --perceptual loss"),
@@ -158,10 +159,12 @@ def main(argv: list[str] | None = None) -> Path:
 
     preparation = data.Preparation(config.image_size, (config.target,), config.flip, config.upscale,
                                    config.void_label, config.segments)
-    training, validation = (data.open_dataset(config.data, config.data_dir, split, preparation)
-                            for split in ("train", "val"))
+    with process.first_alone():  # it may have to download
+        training, validation = (data.open_dataset(config.data, config.data_dir, split, preparation)
+                                for split in ("train", "val"))
+        perceptual = (PerceptualLoss(config.perceptual_weights, config.perceptual).to(device)
+                      if config.perceives else None)
     trained_on = describe_data(config, training, checkpoint)
-    perceptual = open_perceptual_loss(config, process)
     model_config = (VQConfig(**checkpoint["model_config"]) if checkpoint
                     else config.model(input_channels(config, training, validation)))
     channels = model_config.image_channels
@@ -217,7 +220,7 @@ def main(argv: list[str] | None = None) -> Path:
         optimizer.step()
         if adversary and adversary.trains(step):
             parts |= adversary.train_step(images, reconstructions, lr)
-        uses.index_add_(0, codes.flatten(), torch.ones(codes.numel(), device=device))  # `bincount` would wait
+        uses.index_add_(0, codes.flatten(), torch.ones(codes.numel(), device=device))  # `bincount` would sync
         log.add(parts | {"vq": quantization_loss})
 
         # A diverged run ends at the means, before anything is drawn or saved.
@@ -261,17 +264,6 @@ def input_channels(config: TrainConfig, training, validation) -> int:
         raise ValueError(f"the masks in {config.data_dir} hold no label but 0, and 255, which means that a "
                          "pixel has none: number the labels 0, 1, 2, …")
     return segments
-
-
-def open_perceptual_loss(config: TrainConfig, process: run.Process) -> PerceptualLoss | None:
-    if not config.perceives:
-        return None
-    if process.rank > 0:
-        process.wait_for_all()  # until the first has fetched the weights
-    perceptual = PerceptualLoss(config.perceptual_weights, config.perceptual).to(process.device)
-    if process.rank == 0:
-        process.wait_for_all()
-    return perceptual
 
 
 def open_adversary(config: TrainConfig, channels: int, process: run.Process) -> Adversary | None:

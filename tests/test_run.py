@@ -133,7 +133,7 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
             (None, 0, ""), (run.UsageError("no such flag"), 2, "s.py: no such flag\n"),
             (ValueError("a bad file"), 1, "s.py: a bad file\n"), (OSError("no room"), 1, "s.py: no room\n"),
             (from_worker, 1, "s.py: a.png ended\n"), (KeyboardInterrupt("stopped"), 130, "s.py: stopped\n"),
-            (KeyboardInterrupt(), 130, "s.py: interrupted; what was written so far is intact\n"),
+            (KeyboardInterrupt(), 130, "s.py: interrupted; checkpoints and finished code caches are intact\n"),
             (torch.OutOfMemoryError("CUDA"), 1, "s.py: there is too little memory"),
             (RuntimeError("cannot allocate 9 bytes"), 1, "s.py: there is too little memory")]:
         def main():

@@ -87,6 +87,10 @@ def open_split(path: Path, split: str, order: list) -> tuple[train_vq.TrainConfi
     return config, list(train_vq.load_inputs(dataset, order, config, channels, ALONE.device))
 
 
+def open_perceptual_loss(config: train_vq.TrainConfig) -> losses.PerceptualLoss | None:
+    return losses.PerceptualLoss(config.perceptual_weights, config.perceptual) if config.perceives else None
+
+
 def interrupt(flags: list[str], out: Path, step: int, monkeypatch):
     def save_and_stop(config, process, at, parts):
         outputs.save_checkpoint(config, process, at, parts)
@@ -105,7 +109,7 @@ def test_the_loop_is_its_losses_written_out(plain, full, tmp_path):
         found = train(flags, tmp_path / str(first), *shared)
         order = [batch for batch, _ in zip(data.training_order(16, 4, seed=0), range(8))]
         config, batches = open_split(found, "train", order)
-        perceptual = train_vq.open_perceptual_loss(config, ALONE)
+        perceptual = open_perceptual_loss(config)
         torch.manual_seed(0)
         vq = VQ(config.model())
         adversary = train_vq.open_adversary(config, 3, ALONE)
@@ -253,7 +257,7 @@ def test_masks_depth_maps_and_poses_are_coded_measured_and_go_on_bit_for_bit(
         expected["val_cross_entropy"] = F.cross_entropy(x, images.argmax(1)).item()
         assert not {"l1", "val_l1", "perceptual", "val_lpips", "lambda"} & set(line)
     else:
-        distance = train_vq.open_perceptual_loss(config, ALONE)
+        distance = open_perceptual_loss(config)
         expected["val_lpips"] = distance(images, x.clamp(-1, 1)).mean().item()
         expected["val_l1"] = (images - x).abs().mean().item()
         assert line["lambda"] > 0 and line["perceptual"] > 0
