@@ -126,6 +126,8 @@ def main(argv: list[str] | None = None):
     if config.benchmark:
         return benchmark(config, device)
     prior = Prior.load(config.checkpoint, device, config.n_head)
+    if config.n_head and prior.trained_on:
+        raise run.UsageError("--n-head has no effect here: only the authors' files do not tell it")
     rows, columns, total = plan(prior, config)
     generator = torch.Generator(device).manual_seed(config.seed)
     out, shown, pictures, first, began, done = Path(config.out), [], [], None, time.perf_counter(), 0
