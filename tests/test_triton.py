@@ -100,7 +100,7 @@ def test_on_a_lattice_the_lowest_of_the_nearest_is_found():
 def test_however_many_programs_share_the_codes(monkeypatch, programs):
     monkeypatch.setattr(lookup, "multiprocessors", lambda device: programs)
     for low, high in [(-3, 4), (100, 103)]:  # scores of either sign, and a common offset
-        codebook = small_integers(200, 20, seed=2, low=low, high=high).repeat(2, 1)  # each code twice
+        codebook = small_integers(300, 20, seed=2, low=low, high=high).repeat(2, 1)  # each code twice
         assert_exact(small_integers(150, 20, seed=1, low=low, high=high), codebook)
         assert_exact(codebook[-70:] * 4, codebook)
 
@@ -117,7 +117,7 @@ def test_on_floats_the_score_is_exact_but_for_rounding():
     assert_near(random(150, 40, seed=1) / 8 + offset, random(200, 40, seed=2) / 8 + offset)
 
 
-@pytest.mark.parametrize("K, D", [(1, 1), (5, 33), (128, 64), (300, 40)])
+@pytest.mark.parametrize("K, D", [(1, 1), (5, 33), (128, 64), (1100, 20)])
 def test_the_prepared_codebook_is_centred_split_and_padded(K, D):
     columns = torch.linspace(-50, 50, D, device=DEVICE)
     for codebook in (random(K, D), random(K, D) + columns, torch.ones(K, D, device=DEVICE) * columns,
@@ -125,7 +125,7 @@ def test_the_prepared_codebook_is_centred_split_and_padded(K, D):
                      (random(K, D) + columns).T.contiguous().T, random(K, D, dtype=torch.bfloat16)):
         with here():
             offset, high, low, norms = lookup.prepare_codebook(codebook)
-        torch.testing.assert_close(offset[:D], lookup.common_offset(codebook.float()), atol=0, rtol=1e-5)
+        torch.testing.assert_close(offset[:D], lookup.common_offset(codebook.float()), atol=0, rtol=1e-4)
         assert (offset[D:] == 0).all() and (norms[K:] == math.inf).all()
         assert (high[:, D:] == 0).all() and (low[:, D:] == 0).all()
         centred = codebook.float() - offset[:D]
@@ -244,21 +244,23 @@ def worst_row(ours, exact):
     return float(((ours.double() - exact).norm(dim=-1) / (length + length.mean() + 0.01)).max())
 
 
-@pytest.mark.parametrize("dtype, slack", [
-    (torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
-@pytest.mark.parametrize("Tq, T, d", [
-    (1, 1, 32), (64, 64, 32), (65, 65, 32), (130, 150, 32), (33, 257, 32), (1, 70, 32), (70, 129, 32),
-    (16, 32, 32), (40, 70, 16), (70, 70, 20), (90, 100, 64), (33, 65, 80), (65, 65, 128)])
-def test_output_and_gradients_err_at_most_twice_as_much_as_torch(Tq, T, d, dtype, slack):
-    if dtype == torch.float16 and d != 64:
-        pytest.skip("float16 has the tiles of bfloat16")
-    *inputs, gradient = draw(2 if T < 100 else 1, 1 if d > 32 else 2, Tq, T, d, dtype)
-    exact = output_and_gradients([x.double() for x in inputs], gradient.double(), causal_attention_reference)
-    torchs = output_and_gradients(inputs, gradient, causal_attention_reference)
-    ours = output_and_gradients(inputs, gradient)
-    for name, a, b, c in zip(("output", "dq", "dk", "dv"), ours, torchs, exact):
-        assert a.dtype == dtype and a.shape == c.shape
-        assert worst_row(a, c) <= 2 * worst_row(b, c) + slack, name
+SLACK = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+SIZES = [(1, 1, 32), (64, 64, 32), (65, 65, 32), (130, 150, 32), (33, 257, 32), (1, 70, 32), (70, 129, 32),
+         (16, 32, 32), (40, 70, 16), (70, 70, 20), (90, 100, 64), (33, 65, 80), (65, 65, 128)]  # Tq, T, d
+
+
+@pytest.mark.parametrize("dtype, sizes", [  # float16 has the tiles of bfloat16
+    (torch.float32, SIZES), (torch.bfloat16, SIZES), (torch.float16, SIZES[10:11])])
+def test_output_and_gradients_err_at_most_twice_as_much_as_torch(dtype, sizes):
+    for Tq, T, d in sizes:
+        *inputs, gradient = draw(2 if T < 100 else 1, 1 if d > 32 else 2, Tq, T, d, dtype)
+        exact = output_and_gradients([x.double() for x in inputs], gradient.double(),
+                                     causal_attention_reference)
+        torchs = output_and_gradients(inputs, gradient, causal_attention_reference)
+        ours = output_and_gradients(inputs, gradient)
+        for name, a, b, c in zip(("output", "dq", "dk", "dv"), ours, torchs, exact):
+            assert a.dtype == dtype and a.shape == c.shape
+            assert worst_row(a, c) <= 2 * worst_row(b, c) + SLACK[dtype], (name, Tq, T, d)
 
 
 def test_few_dimensions_are_padded():
