@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 from gpt import GPT, GPTConfig
 
-ROUNDS, TOKENS = 5, 256
+ROUNDS, TOKENS = 3, 256
 
 
 @torch.no_grad()
