@@ -59,7 +59,7 @@ def lpips(plain, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def full(lpips) -> list[str]:
     """With a discriminator, which starts in step 4."""
-    return [*lpips, *ADVERSARIAL]
+    return [*lpips, *ADVERSARIAL, "--restart-every", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -102,30 +102,31 @@ def interrupt(flags: list[str], out: Path, step: int, monkeypatch):
         train(flags, out, "--checkpoint-every", "1")
 
 
-def test_the_loop_is_its_losses_written_out(plain, full, tmp_path):
+def test_the_loop_is_its_losses_written_out(plain, full, tmp_path, monkeypatch):
     """Without LPIPS and discriminator bit for bit: the demo and cifar10 presets train like this."""
+    monkeypatch.setattr(data, "SCENES", {"train": 16, "val": 4})
     shared = "--restart-every 0 --no-decay --warmup-steps 4 --beta1 0.3 --beta2 0.7".split()
-    for first, flags in ((2, plain), (1, [*full, "--perceptual-weight", "0.7"])):  # batches for k-means
-        found = train(flags, tmp_path / str(first), *shared)
+    for i, flags in enumerate((plain, MASKS, [*full, "--perceptual-weight", "0.7"])):
+        found = train(flags, tmp_path / str(i), *shared)
         order = [batch for batch, _ in zip(data.training_order(16, 4, seed=0), range(8))]
         config, batches = open_split(found, "train", order)
         perceptual = open_perceptual_loss(config)
         torch.manual_seed(0)
-        vq = VQ(config.model())
+        vq = VQ(config.model(batches[0].shape[1]))
         adversary = train_vq.open_adversary(config, 3, ALONE)
         D = adversary and adversary.discriminator
         optimizers = [torch.optim.Adam(network.parameters(), betas=(0.3, 0.7), fused=True)
                       for network in (vq, D) if network]
-        with torch.no_grad():
-            vq.quantizer.initialize(torch.cat([as_vectors(vq.latents(x)) for x in batches[:first]]))
+        with torch.no_grad():  # of 16 vectors a code
+            vq.quantizer.initialize(torch.cat([as_vectors(vq.latents(x)) for x in batches[:1 if D else 2]]))
         uses = torch.zeros(16)
         for step, images in enumerate(batches, 1):
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = 1e-3 * min(step / 4, 1)
             x, codes, quantization_loss = vq(images)
             uses += torch.bincount(codes.flatten(), minlength=16)
-            loss = F.l1_loss(x, images)
-            expected = {"l1": loss, "vq": quantization_loss}
+            loss = F.cross_entropy(x, images.argmax(1)) if flags is MASKS else F.l1_loss(x, images)
+            expected = {"cross_entropy" if flags is MASKS else "l1": loss, "vq": quantization_loss}
             if perceptual:
                 expected["perceptual"] = perceptual.distance(x, images).mean()
                 loss = loss + 0.7 * expected["perceptual"]
@@ -148,7 +149,7 @@ def test_the_loop_is_its_losses_written_out(plain, full, tmp_path):
             assert ("lambda" in line) == ("lambda" in expected), step
             for name, value in expected.items():
                 assert line[name] == pytest.approx(value.item(), rel=2e-3, abs=2e-4), (step, name)
-        if not D:
+        if flags is plain:
             weights = read(found)["model"]
             assert all(torch.equal(weight, weights[name]) for name, weight in vq.state_dict().items())
             assert torch.equal(uses, read(found)["uses"])
@@ -239,13 +240,13 @@ def test_a_step_between_two_log_lines_never_waits_for_the_gpu(full, tmp_path, mo
 @pytest.mark.parametrize("target, channels", [("segmentation", 8), ("depth", 1), ("pose", 3)])
 def test_masks_depth_maps_and_poses_are_coded_measured_and_go_on_bit_for_bit(
         target, channels, full, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SCENES", {"train": 12, "val": 4})
+    monkeypatch.setattr(data, "SCENES", {"train": 12, "val": 20})  # validation in two batches
     flags = MASKS if target == "segmentation" else [
         *SCENES, "--target", target, *LARGE[:2], *full[full.index("--perceptual"):]]
     whole = train(flags, tmp_path / "a")
     interrupt(flags, tmp_path / "b", 5, monkeypatch)
     assert_bit_equal(train(flags, tmp_path / "b", "--resume"), whole)
-    config, (images,) = open_split(whole, "val", data.fixed_order(4, 4))
+    config, (images,) = open_split(whole, "val", data.fixed_order(20, 20))
     assert images.shape[1] == channels
     line, vq = log_of(whole)[-1], VQ(VQConfig(**read(whole)["model_config"]))
     vq.load_state_dict(read(whole)["model"])
@@ -295,9 +296,9 @@ def test_a_run_with_a_discriminator_goes_on_bit_for_bit_across_its_start(
     assert_bit_equal(train(full, tmp_path, "--resume"), trained)
     # With more steps a share of them is another step; but what has begun goes on.
     (tmp_path / "checkpoint.pt").write_bytes(before)
-    longer = train(full, tmp_path, "--resume", "--steps", "10")
+    longer = train(full, tmp_path, "--resume", "--steps", "12")
     assert [line["step"] for line in log_of(longer) if "lambda" in line] == [
-        *range(5 if stop < 4 else 4, 11)]
+        *range(6 if stop < 4 else 4, 13)]
 
 
 def test_sigterm_to_all_processes_saves_and_ends_in_a_sentence(plain, tmp_path):
@@ -442,10 +443,11 @@ def work():
 
 
 def test_two_processes_agree_and_compute_what_one_does(full, tmp_path, monkeypatch):
-    flags = [*full, "--codebook-size", "64", "--discriminator-start", "2"]
+    flags = [*full, "--codebook-size", "64", "--discriminator-start", "2", "--restart-every", "3"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__,
                *flags, "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and done.stdout.count("replicas agree") == 2, done.stderr
     monkeypatch.setattr(train_vq, "PatchDiscriminator", Unnormalized)
     paths = train(flags, tmp_path / "one"), tmp_path / "two" / "checkpoint.pt"
