@@ -186,8 +186,8 @@ def prepare_codebook(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(K, D) → offset (width,), high, low (height, width), norms (height,): float32, padded to tiles."""
     (K, D), device = codebook.shape, codebook.device
     height, width = cdiv(K, TILE["BLOCK_K"]) * TILE["BLOCK_K"], cdiv(D, 64) * 64
-    offset, norms = (torch.empty(length, device=device) for length in (width, height))
-    high, low = torch.empty(2, height, width, device=device)
+    offset, norms = (torch.empty(length, dtype=torch.float32, device=device) for length in (width, height))
+    high, low = torch.empty(2, height, width, dtype=torch.float32, device=device)
     common_offset_kernel[(width // 8,)](
         codebook, codebook.stride(), offset, K, D, BLOCK_K=1024, BLOCK_D=8, num_warps=8)
     prepare_codebook_kernel[(height // 32,)](

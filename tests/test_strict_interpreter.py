@@ -20,15 +20,16 @@ def refused(match):
 @triton.jit
 def copy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr, GUARD: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if GUARD == "both":
+    if GUARD == "store":
+        x = tl.load(x_ptr + i)
+    elif GUARD == "without other":
+        x = tl.load(x_ptr + i, mask=i < n)
+    else:
         x = tl.load(x_ptr + i, mask=i < n, other=0.0)
+    if GUARD == "store" or GUARD == "both":
         tl.store(y_ptr + i, x, mask=i < n)
-    elif GUARD == "load":
-        tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n, other=0.0))
-    elif GUARD == "store":
-        tl.store(y_ptr + i, tl.load(x_ptr + i), mask=i < n)
-    else:  # the masked lanes are stored as loaded, without `other`
-        tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n))
+    else:
+        tl.store(y_ptr + i, x)
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def test_an_address_outside_every_tensor_is_an_error():
 def test_masked_lanes_without_other_hold_garbage():
     y = torch.zeros(16)
     with strict():
-        copy_kernel[(1,)](torch.ones(16), y, 4, BLOCK=16, GUARD="neither")
+        copy_kernel[(1,)](torch.ones(16), y, 4, BLOCK=16, GUARD="without other")
     assert torch.equal(y[:4], torch.ones(4))
     assert y[4:].isnan().any() and (y[4:] > 1e29).any() and (y[4:] < -1e29).any()
 

@@ -42,16 +42,11 @@ def nearest(vectors, codebook):
         return nearest_code_triton(vectors, codebook)
 
 
-def squared_distances(vectors, codebook):
-    """(N, K) in float64, by the definition."""
-    return torch.stack([(vectors.double() - code).square().sum(1) for code in codebook.double()], 1)
-
-
 def assert_exact(vectors, codebook):
     """The first code at the smallest distance, where distances are exact."""
     codes = nearest(vectors, codebook)
     assert codes.dtype == torch.int64
-    distances = squared_distances(vectors, codebook)
+    distances = torch.stack([(vectors.double() - code).square().sum(1) for code in codebook.double()], 1)
     assert torch.equal(codes, (distances == distances.amin(1, keepdim=True)).int().argmax(1))
 
 
@@ -166,12 +161,6 @@ def test_any_strides_are_read_and_nothing_is_written():
                               (wide[:, 70:140], tall[:1].expand(65, 70))]:
         assert_exact(vectors, codebook)
     assert torch.equal(wide, copies[0]) and torch.equal(tall, copies[1])
-
-
-def test_the_same_bits_every_time():
-    vectors, codebook = random(300, 48, seed=1), random(500, 48, seed=2)
-    runs = [nearest(vectors, codebook) for _ in range(10 if DEVICE.type == "cuda" else 2)]
-    assert all(torch.equal(run, runs[0]) for run in runs)
 
 
 @interpreted
@@ -297,17 +286,12 @@ def test_any_strides_of_inputs_and_gradient_are_read():
     strided = [[x.transpose(1, 2) for x in qkv.unbind(2)], [x.contiguous() for x in inputs],
                [x.transpose(2, 3).contiguous().transpose(2, 3) for x in inputs]]
     for views in strided:
+        assert attend(*views).transpose(1, 2).is_contiguous()  # as the next linear layer reads it
         for ours, theirs in zip(output_and_gradients(views, gradient.contiguous()), expected):
             assert torch.equal(ours, theirs)
     one = torch.ones((), dtype=torch.float16, device=DEVICE).expand(gradient.shape)  # strides 0, as of sum()
     for ours, theirs in zip(output_and_gradients(inputs, one), output_and_gradients(inputs, one.clone())):
         assert torch.equal(ours, theirs)
-
-
-def test_the_output_lies_in_memory_as_the_next_linear_layer_reads_it():
-    query, key, value, _ = draw(2, 3, 5, 7, 16)
-    for inputs in ((query, key, value), (query.contiguous(), key, value)):
-        assert attend(*inputs).transpose(1, 2).is_contiguous()
 
 
 def test_a_gradient_can_be_asked_for_of_one_input_alone():
@@ -321,27 +305,12 @@ def test_a_gradient_can_be_asked_for_of_one_input_alone():
         assert torch.equal(leaves[i].grad, expected[1 + i])
 
 
-def test_a_second_derivative_is_refused():
-    inputs = [x.requires_grad_() for x in draw(1, 1, 3, 3, 16, torch.float16)[:3]]
-    with here():
-        loss = causal_attention_triton(*inputs).square().sum()
-        first, *_ = torch.autograd.grad(loss, inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
 def test_nothing_in_nothing_out():
     for B, Tq, T in [(0, 5, 5), (2, 0, 5), (2, 0, 0)]:
         *inputs, gradient = draw(B, 2, Tq, T, 16)
         results = output_and_gradients(inputs, gradient)
         assert [result.shape for result in results] == [x.shape for x in (gradient, *inputs)]
         assert all((result == 0).all() for result in results)
-
-
-def test_backward_gives_the_same_bits_every_time():
-    *inputs, gradient = draw(2, 2, 70, 90, 32, torch.bfloat16)
-    runs = [output_and_gradients(inputs, gradient) for _ in range(10 if DEVICE.type == "cuda" else 2)]
-    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0]))
 
 
 def test_autocast_decides_the_dtype():
@@ -364,13 +333,17 @@ def test_compiled_it_is_one_operator_and_computes_the_same():
     assert all(torch.equal(a, b) for a, b in zip(compiled, expected))
 
 
-def test_the_operators_keep_the_rules_of_torch():
-    query, key, value, gradient = draw(1, 2, 5, 7, 16)
+def test_the_operators_keep_the_rules_of_torch_and_are_differentiable_once():
+    query, key, value, gradient = draw(1, 2, 5, 7, 16, torch.float16)
     with here():
         torch.library.opcheck(attention.OPERATORS.forward.default, (query, key, value))
         output, logsumexp = attention.OPERATORS.forward(query, key, value)
         torch.library.opcheck(attention.OPERATORS.backward.default,
                               (query, key, value, output, logsumexp, gradient))
+        loss = causal_attention_triton(query.requires_grad_(), key, value).square().sum()
+        first, = torch.autograd.grad(loss, query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 @interpreted
@@ -404,6 +377,14 @@ def test_attention_refuses_what_it_cannot_compute():
 
 
 # ---- both
+
+
+def test_the_same_bits_every_time():
+    vectors, codebook = random(300, 48, seed=1), random(500, 48, seed=2)
+    *inputs, gradient = draw(2, 2, 70, 90, 32, torch.bfloat16)
+    runs = [[nearest(vectors, codebook), *output_and_gradients(inputs, gradient)]
+            for _ in range(10 if DEVICE.type == "cuda" else 2)]
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0]))
 
 
 @interpreted
