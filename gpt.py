@@ -132,6 +132,13 @@ class GPT(nn.Module):
         gpt.load_state_dict(taming.gpt_weights(path, gpt.state_dict()))
         return gpt
 
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """For AdamW: weights of linear layers decay, the head's too; biases, norms and embeddings do not."""
+        named = list(self.named_parameters())
+        linear = [x for name, x in named if x.ndim == 2 and "embedding" not in name]
+        others = [x for name, x in named if x.ndim != 2 or "embedding" in name]
+        return [{"params": linear, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Logits of the next token at each position: tokens (B, T) → (B, T, V).
 

@@ -3,6 +3,7 @@
 A checkpoint is a dict of plain values and tensors. Besides what the script puts there it has "kind" (vq or
 gpt), the config, the step, the random states and where it comes from. Nothing in one is run when it is read.
 """
+import contextlib
 import dataclasses
 import json
 import math
@@ -11,6 +12,7 @@ import platform
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -185,3 +187,72 @@ def save_picture(picture: Image.Image, path: Path, **options):
         raise OSError(f"{path} could not be written ({error.strerror or error}): make room") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+class Log:
+    """Status lines on screen and in log.jsonl. Holds the lock on the run's folder."""
+
+    def __init__(self, config: Any, process: Any, first_step: int, unit: str, units_per_step: int):
+        self.path, self.process, self.steps = config.folder / "log.jsonl", process, config.steps
+        self.unit, self.units_per_step, self.sums, self.counts = unit, units_per_step, {}, {}
+        self.began = self.last = time.perf_counter()
+        self.first_step = self.last_step = first_step
+        if process.rank == 0:
+            self.lock = claim(config.folder, first_step)
+
+    def add(self, values: dict[str, Tensor]):
+        """Collect values of this step for the mean on the next line; reads nothing back from the GPU."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """Means of what was added since the last call, over all processes. ValueError if not finite."""
+        means = {name: float(self.process.total(value)) / self.counts[name] / self.process.world
+                 for name, value in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        check_finite(means)
+        return means
+
+    @contextlib.contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Excluded from step timing."""
+        began = time.perf_counter()
+        yield
+        self.last += time.perf_counter() - began
+
+    def finish(self, picture_path: Path | None) -> Path:
+        """Print the last line; returns the path of the checkpoint."""
+        path, seconds = self.path.with_name("checkpoint.pt"), time.perf_counter() - self.began
+        if self.process.rank == 0:
+            print(f"done in {duration(seconds)} · {path} · {picture_path or 'no step was left'}")
+        return path
+
+    def line(self, step: int, text: str, values: dict):
+        """Print `step … · text · speed · memory · time left`, and append the values to log.jsonl."""
+        now = time.perf_counter()
+        seconds = (now - self.last) / max(1, step - self.last_step)
+        left = (now - self.began) / max(1, step - self.first_step) * (self.steps - step)
+        self.last, self.last_step = now, step
+        if self.process.rank == 0:
+            rate, peak = self.units_per_step / seconds, memory(self.process.device)
+            speed = f"{seconds * 1e3:.0f} ms/step · {si(rate)} {self.unit}/s · {peak:.1f} GiB"
+            print(f"step {step}/{self.steps} · {text} · {speed} · eta {duration(left)}", flush=True)
+            numbers = {"step": step} | values | {"ms_per_step": seconds * 1e3, f"{self.unit}_per_s": rate}
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(numbers) + "\n")
+            except OSError as error:
+                raise OSError(f"{self.path} could not be written ({error.strerror}): make room and go on from"
+                              " the last checkpoint with --resume") from None
+
+
+def si(number: float) -> str:
+    thousands = f"{number / 1e3:.1f}k" if number < 1e6 else f"{number / 1e6:.1f}M"
+    return f"{number:.0f}" if number < 1e3 else thousands
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

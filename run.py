@@ -1,4 +1,4 @@
-"""What every script shares: flags, processes, the schedule of the training loop, and the log.
+"""What every script shares: flags, processes, and the schedule of the training loop.
 
 A config is a frozen dataclass of int, float, str and bool fields; trailing comments are its flags' help.
 """
@@ -6,13 +6,11 @@ import argparse
 import contextlib
 import dataclasses
 import inspect
-import json
 import math
 import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from outputs import check_finite, claim, load_checkpoint, memory
+from outputs import load_checkpoint
 
 
 class UsageError(ValueError):
@@ -275,72 +273,3 @@ def command_line(main: Callable[[], None]):
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
-
-
-class Log:
-    """Status lines on screen and in log.jsonl. Holds the lock on the run's folder."""
-
-    def __init__(self, config: Any, process: Process, first_step: int, unit: str, units_per_step: int):
-        self.path, self.process, self.steps = config.folder / "log.jsonl", process, config.steps
-        self.unit, self.units_per_step, self.sums, self.counts = unit, units_per_step, {}, {}
-        self.began = self.last = time.perf_counter()
-        self.first_step = self.last_step = first_step
-        if process.rank == 0:
-            self.lock = claim(config.folder, first_step)
-
-    def add(self, values: dict[str, Tensor]):
-        """Collect values of this step for the mean on the next line; reads nothing back from the GPU."""
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def means(self) -> dict[str, float]:
-        """Means of what was added since the last call, over all processes. ValueError if not finite."""
-        means = {name: float(self.process.total(value)) / self.counts[name] / self.process.world
-                 for name, value in self.sums.items()}
-        self.sums, self.counts = {}, {}
-        check_finite(means)
-        return means
-
-    @contextlib.contextmanager
-    def untimed(self) -> Iterator[None]:
-        """Excluded from step timing."""
-        began = time.perf_counter()
-        yield
-        self.last += time.perf_counter() - began
-
-    def finish(self, picture_path: Path | None) -> Path:
-        """Print the last line; returns the path of the checkpoint."""
-        path, seconds = self.path.with_name("checkpoint.pt"), time.perf_counter() - self.began
-        if self.process.rank == 0:
-            print(f"done in {duration(seconds)} · {path} · {picture_path or 'no step was left'}")
-        return path
-
-    def line(self, step: int, text: str, values: dict):
-        """Print `step … · text · speed · memory · time left`, and append the values to log.jsonl."""
-        now = time.perf_counter()
-        seconds = (now - self.last) / max(1, step - self.last_step)
-        left = (now - self.began) / max(1, step - self.first_step) * (self.steps - step)
-        self.last, self.last_step = now, step
-        if self.process.rank == 0:
-            rate, peak = self.units_per_step / seconds, memory(self.process.device)
-            speed = f"{seconds * 1e3:.0f} ms/step · {si(rate)} {self.unit}/s · {peak:.1f} GiB"
-            print(f"step {step}/{self.steps} · {text} · {speed} · eta {duration(left)}", flush=True)
-            numbers = {"step": step} | values | {"ms_per_step": seconds * 1e3, f"{self.unit}_per_s": rate}
-            try:
-                with self.path.open("a") as file:
-                    file.write(json.dumps(numbers) + "\n")
-            except OSError as error:
-                raise OSError(f"{self.path} could not be written ({error.strerror}): make room and go on from"
-                              " the last checkpoint with --resume") from None
-
-
-def si(number: float) -> str:
-    thousands = f"{number / 1e3:.1f}k" if number < 1e6 else f"{number / 1e6:.1f}M"
-    return f"{number:.0f}" if number < 1e3 else thousands
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -34,7 +34,7 @@ import run
 from files import list_files
 from gpt import GPT, GPTConfig
 from orderings import TokenLayout
-from outputs import picture_grid, save_picture, to_pixels
+from outputs import duration, picture_grid, save_picture, si, to_pixels
 from stages import FirstStage, Prior, Sampling
 from vq import VQ, VQConfig
 
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None):
         seconds = time.perf_counter() - began
         if seconds > 5:
             left = seconds / done * (total - done)
-            print(f"{done} of {total} samples · eta {run.duration(left)}", flush=True)
+            print(f"{done} of {total} samples · eta {duration(left)}", flush=True)
     if config.one_file:
         save_picture(arrange(shown, torch.cat(pictures), columns), out)
     print(f"{done} samples in {out}")
@@ -224,7 +224,7 @@ def list_inputs(name: str, field: str) -> list[Path]:
     return paths
 
 
-def find_class(name: str, classes: tuple[str, ...]) -> int:
+def find_class(name: str, classes: list[str]) -> int:
     """The label of a class, given by name or number. Raises UsageError with the names that come nearest."""
     if name in classes:
         return classes.index(name)
@@ -337,7 +337,7 @@ def benchmark(config: SampleConfig, device: torch.device):
             prior.pictures(tokens).sum().item()  # waits for the GPU
             times[cached] = time.perf_counter() - began
         print(f"{'cached' if cached else 'uncached'}: {B} pictures of {T} tokens in {times[cached]:.3f} s · "
-              f"{B / times[cached]:.2f} pictures/s · {run.si(B * T / times[cached])} tokens/s · {device}",
+              f"{B / times[cached]:.2f} pictures/s · {si(B * T / times[cached])} tokens/s · {device}",
               flush=True)
     print(f"the cache is {times[False] / times[True]:.1f} times as fast")
 

@@ -1,4 +1,4 @@
-"""What a checkpoint means: frozen first stages with the cache of their codes, and a prior to sample from.
+"""What a checkpoint means: frozen first stages, and a prior to sample from.
 
     FirstStage    pictures, masks, depth maps or poses ↔ a grid of codes (§2, §4)
     Prior         a GPT, the layout of its tokens, and the first stages that give them a meaning (§3, §4)
@@ -7,7 +7,6 @@ Symbols: B batch, N pictures of a data set, C channels, H×W pixels, h×w code g
 """
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 import data
 import run
 import taming
-from outputs import load_checkpoint
 from gpt import GPT, GPTConfig, check_sampling
 from orderings import ORDERINGS, TokenLayout
+from outputs import load_checkpoint
 from vq import VQ, VQConfig
 
 
@@ -110,83 +109,9 @@ class FirstStage:
 Stages = dict[str, FirstStage | None]  # by field, "image" first; None for a class, which needs none
 
 
-@dataclass(frozen=True)
-class CodeCache:
-    """Where the codes of data sets are kept, and how many augmented encodings of each training picture.
-
-    A file's name is the hash of all that its codes depend on: network, pictures, augmentation. So a stale
-    file is never read, and runs of all orders share one.
-    """
-    directory: Path
-    seed: int
-    views: int  # per training picture; the first is not augmented
-
-    def codes(self, split: str, dataset, stages: Stages, process: run.Process,
-              workers: int) -> dict[str, np.ndarray]:
-        """Codes of each field of a data set, (views · N, h, w) uint16 memory maps; of a class, (views · N,).
-
-        All fields are read and encoded in one pass, by all processes of the run. Each file is complete or
-        absent. Raises OSError for a full disk, ValueError for a damaged file.
-        """
-        views, N = self.views if split == "train" else 1, len(dataset)
-        paths, shapes, fingerprint = {}, {}, dataset.fingerprint()
-        for field, stage in stages.items():
-            seed = self.seed if views > 1 else None
-            text = json.dumps([field, stage and stage.hash(), fingerprint, views, seed])
-            paths[field] = self.directory / f"codes-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
-            shapes[field] = (views, N, stage.side, stage.side) if stage else (views, N)
-        missing = [name for name, path in paths.items() if not path.is_file()]
-        identity, fields = process.agree([os.getpid(), missing])  # of the first: all write the same files
-        if fields:
-            parts = {field: paths[field].with_suffix(f".{identity}.part") for field in fields}
-            if process.rank == 0:
-                print(f"encoding {views * N:,} pictures ({' and '.join(fields)}) into {self.directory}",
-                      flush=True)
-                self.directory.mkdir(parents=True, exist_ok=True)
-                for field in fields:
-                    reserve(parts[field], shapes[field])
-            process.wait_for_all()
-            arrays = {field: np.lib.format.open_memmap(parts[field], "r+") for field in fields}
-            for view in range(views):
-                key = None if view == 0 else (self.seed, view)
-                order = data.fixed_order(N, 64, key, process.rank, process.world)
-                for batch, values in zip(order, data.load(dataset, order, process.device, workers)):
-                    index = [i for i, _ in batch]
-                    for field in fields:
-                        stage = stages[field]
-                        codes = stage.encode(values[field]) if stage else values[field]
-                        arrays[field][view, index] = codes.cpu().numpy().astype(np.uint16)
-            for field in fields:
-                arrays[field].flush()
-            process.wait_for_all()
-            if process.rank == 0:
-                for field in fields:
-                    parts[field].replace(paths[field])
-            process.wait_for_all()
-        return {field: read_codes(path, shapes[field]) for field, path in paths.items()}
-
-
-def reserve(path: Path, shape: tuple[int, ...]):
-    """A file for codes of that shape. Raises OSError if the disk is too full, rather than a crash later."""
-    np.lib.format.open_memmap(path, "w+", np.uint16, shape).flush()
-    if hasattr(os, "posix_fallocate"):
-        try:
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise OSError(f"{path} could not be written ({error.strerror}): make room, "
-                          "or name another folder with --codes-dir") from None
-
-
-def read_codes(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """(views, N, …) on the disk → (views · N, …). Raises ValueError for another file."""
-    try:
-        codes = np.load(path, mmap_mode="r")
-        assert codes.shape == shape and codes.dtype == np.uint16, (codes.shape, codes.dtype)
-    except (ValueError, EOFError, AssertionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and the codes are made anew") from None
-    return codes.reshape(-1, *shape[2:])
+def stages_from_state(states: dict[str, dict | None]) -> Stages:
+    """The first stages in a checkpoint of train_gpt.py."""
+    return {field: state and FirstStage.from_state(state) for field, state in states.items()}
 
 
 @dataclass(frozen=True)
@@ -237,9 +162,8 @@ class Prior:
     def from_state(cls, checkpoint: dict) -> "Prior":
         gpt = GPT(GPTConfig(**checkpoint["model_config"]))
         gpt.load_state_dict(checkpoint["model"])
-        stages = {field: state and FirstStage.from_state(state)
-                  for field, state in checkpoint["stages"].items()}
-        return cls(gpt, TokenLayout(**checkpoint["layout"]), stages, checkpoint["trained_on"])
+        return cls(gpt, TokenLayout(**checkpoint["layout"]), stages_from_state(checkpoint["stages"]),
+                   checkpoint["trained_on"])
 
     @classmethod
     def from_taming(cls, path: str | Path, n_head: int) -> "Prior":

@@ -10,24 +10,24 @@ Trains the first stages that are missing. Leaves checkpoint.pt, log.jsonl, sampl
 --out. Ctrl-C saves; --resume goes on.
 """
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import data
 import run
 import train_vq
+from cache import encode_pictures
 from codebook import entropy
-from outputs import describe_data, picture_grid, save_checkpoint, save_picture, set_random_state
 from gpt import GPT, GPTConfig
 from orderings import ORDERINGS, TokenLayout
-from stages import CodeCache, FirstStage, Prior, Sampling, Stages
+from outputs import Log, check_finite, picture_grid, save_checkpoint, save_picture, set_random_state
+from stages import FirstStage, Prior, Sampling, Stages, stages_from_state
 
 CONDITIONS = ("none", "class", "segmentation", "depth", "pose")
 MAPS = CONDITIONS[2:]  # with a first stage of their own
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> Path:
     gpt = GPT(config.model(layout)).to(device)
     model = DistributedDataParallel(gpt) if world > 1 else gpt
     prior = Prior(gpt, layout, stages, trained_on)
-    optimizer = torch.optim.AdamW(parameter_groups(gpt, config.weight_decay), config.lr,
+    optimizer = torch.optim.AdamW(gpt.parameter_groups(config.weight_decay), config.lr,
                                   betas=(config.beta1, config.beta2), fused=True)
     first_step = 0
     if checkpoint:
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> Path:
         describe(config, prior, training, validation, device)
     count, T = len(training["image"]), sum(layout.lengths)
     order = data.training_order(count, config.batch_size, config.seed, first_step, rank, world)
-    log = run.Log(config, process, first_step, "tokens", config.batch_size * T)
+    log = Log(config, process, first_step, "tokens", config.batch_size * T)
     scores, samples_path = {}, None
     for step, due in run.steps(config, process, first_step):
         lr = run.set_learning_rate(optimizer, config, step)
@@ -199,19 +199,20 @@ def open_stages(config: TrainConfig, checkpoint: dict | None, process: run.Proce
     A run that goes on uses the copies in its checkpoint, whatever lies on the disk.
     """
     if checkpoint:
-        stages = Prior.from_state(checkpoint).stages
+        stages = stages_from_state(checkpoint["stages"])
     else:
-        stages = {"image": FirstStage.load(config.vq or train_first_stage(config, "image", process))}
+        named = {"image": config.vq}
         if config.condition in MAPS:
-            path = config.condition_vq or train_first_stage(config, config.condition, process)
-            stages[config.condition] = FirstStage.load(path, config.condition)
-        elif config.condition == "class":
+            named[config.condition] = config.condition_vq
+        stages = {field: FirstStage.load(path, field) if path else default_stage(config, field, process)
+                  for field, path in named.items()}
+        if config.condition == "class":
             stages["class"] = None
     return {field: stage and stage.to(process.device) for field, stage in stages.items()}
 
 
-def train_first_stage(config: TrainConfig, field: str, process: run.Process) -> Path:
-    """The checkpoint of this preset's first stage of a field, trained to its end if it is not there."""
+def default_stage(config: TrainConfig, field: str, process: run.Process) -> FirstStage:
+    """This preset's first stage of a field, trained to its end if it is not there."""
     path = replace(train_vq.PRESETS[config.preset], data=config.data, target=field).folder / "checkpoint.pt"
     finished = FirstStage.is_finished(path)
     process.wait_for_all()  # nobody writes the file before all have looked
@@ -228,32 +229,7 @@ def train_first_stage(config: TrainConfig, field: str, process: run.Process) -> 
         raise ValueError(f"{path} was trained on {stage.trained_on['data_dir']}, not on {config.data_dir}: "
                          f"name it with --{'vq' if field == 'image' else 'condition-vq'} to use it all the "
                          "same, or train another with train_vq.py --out and name that")
-    return path
-
-
-def encode_pictures(config: TrainConfig, stages: Stages, checkpoint: dict | None,
-                    process: run.Process) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
-    """Codes of all training and validation pictures by field, (N, h, w) uint16 or labels (N,); see CodeCache.
-
-    Also a description of the data set. Image and condition are read together: crop and flip agree.
-    """
-    image, condition = stages["image"], stages.get(config.condition)
-    preparation = replace(image.preparation, fields=tuple(stages))
-    if condition:
-        own = condition.preparation
-        if own.size != preparation.size:
-            raise ValueError(f"the first stage of images was trained at {preparation.size} pixels, that of "
-                             f"{config.condition} at {own.size}; they must agree")
-        preparation = replace(preparation, void_label=own.void_label, segments=own.segments)
-    cache = CodeCache(Path(config.codes_dir), config.seed, config.views)
-    with process.first_alone():  # it may have to download
-        datasets = {split: data.open_dataset(config.data, config.data_dir, split, preparation)
-                    for split in ("train", "val")}
-    trained_on = describe_data(config, datasets["train"], checkpoint)
-    workers = data.worker_count(config.workers, config.data)
-    training, validation = (cache.codes(split, dataset, stages, process, workers)
-                            for split, dataset in datasets.items())
-    return training, validation, trained_on
+    return stage
 
 
 def token_layout(config: TrainConfig, stages: Stages, classes: int) -> TokenLayout:
@@ -265,13 +241,6 @@ def token_layout(config: TrainConfig, stages: Stages, classes: int) -> TokenLayo
         condition.codebook_size if condition else classes,
         condition.side**2 if condition else int(config.condition == "class"),
         null_token=config.condition == "none" or config.condition_dropout > 0)
-
-
-def parameter_groups(gpt: GPT, weight_decay: float) -> list[dict]:
-    """Weights of linear layers decay, the head's too; biases, norms and embeddings do not."""
-    linear = [x for name, x in gpt.named_parameters() if x.ndim == 2 and "embedding" not in name]
-    others = [x for name, x in gpt.named_parameters() if x.ndim != 2 or "embedding" in name]
-    return [{"params": linear, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def describe(config: TrainConfig, prior: Prior, training: dict, validation: dict, device: torch.device):
@@ -305,7 +274,7 @@ def evaluate(prior: Prior, codes: dict[str, np.ndarray], config: TrainConfig, pr
     prior.gpt.train()
     nats = process.total(nats) / count
     scores = {"val": nats[0].mean().item(), "nats_per_picture": nats[0].sum().item()}
-    run.check_finite(scores)
+    check_finite(scores)
     if config.condition_dropout:
         scores["val_null"] = nats[1].mean().item()
     grids = [grid[0] for grid in layout.grids(nats[:1])]  # (h, w) each

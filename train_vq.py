@@ -24,7 +24,8 @@ import run
 from codebook import codebook_use, initialize_codebook, restart_dead_codes
 from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, image_loss, mask_loss,
                     score_images, score_masks)
-from outputs import describe_data, picture_grid, save_checkpoint, save_picture, set_random_state
+from outputs import (Log, check_finite, describe_data, picture_grid, save_checkpoint, save_picture,
+                     set_random_state)
 from vq import VQ, VQConfig
 
 
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None) -> Path:
               flush=True)
     order = data.training_order(len(training), config.batch_size, config.seed, first_step, rank, world)
     batches = load_inputs(training, order, config, channels, device)
-    log = run.Log(config, process, first_step, "images", config.batch_size)
+    log = Log(config, process, first_step, "images", config.batch_size)
     scores, picture_path = {}, None
     for step, due in run.steps(config, process, first_step):
         lr = run.set_learning_rate(optimizer, config, step)
@@ -314,7 +315,7 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
     names = (("val_cross_entropy", "val_accuracy") if config.one_hot
              else ("val_l1", "val_lpips") if perceptual else ("val_l1",))
     scores = {name: total / count for name, total in zip(names, totals) if count}  # masks without any label
-    run.check_finite(scores)
+    check_finite(scores)
     return scores | {"codes_used": used, "perplexity": perplexity}, counts
 
 

@@ -1,17 +1,19 @@
 """A run's folder and its outputs. Oracles: the file before a failure, bit for bit; literal sentences."""
 import dataclasses
 import json
+import math
 import multiprocessing
 import resource
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-import run
 import train_gpt
-from outputs import claim, describe_data, load_checkpoint, save_checkpoint, set_random_state
 from helpers import ALONE
+from outputs import (Log, claim, describe_data, duration, load_checkpoint, save_checkpoint, set_random_state,
+                     si)
 
 DEMO = train_gpt.PRESETS["demo"]
 
@@ -81,7 +83,7 @@ def try_to_claim(folder: Path) -> str:
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     folder = tmp_path / "new" / "run"
     with multiprocessing.get_context("fork").Pool(1) as other:
-        log = run.Log(dataclasses.replace(DEMO, out=str(folder)), ALONE, 0, "tokens", 1)  # holds the lock
+        log = Log(dataclasses.replace(DEMO, out=str(folder)), ALONE, 0, "tokens", 1)  # holds the lock
         assert f"another process is training in {folder}: wait" in other.apply(try_to_claim, [folder])
         del log
         assert other.apply(try_to_claim, [folder]) == "claimed"
@@ -120,3 +122,55 @@ def test_a_data_set_is_known_again_by_its_pictures_not_by_its_place(capsys):
     assert "pictures were added to here or removed: training goes on with" in capsys.readouterr().out
     with pytest.raises(ValueError, match="elsewhere holds other pictures than here, on which this run was"):
         describe("elsewhere", "more", checkpoint)
+
+
+def test_numbers_are_printed_with_units():
+    assert [si(x) for x in (7.4, 999, 1500, 80_400, 2_340_000)] == ["7", "999", "1.5k", "80.4k", "2.3M"]
+    assert [duration(x) for x in (0, 59.6, 145)] == ["0m00s", "1m00s", "2m25s"]
+    assert [duration(x) for x in (3600, 90_061)] == ["1h00m", "25h01m"]
+
+
+def open_log(folder, first_step: int = 0, units: int = 5) -> Log:
+    return Log(dataclasses.replace(DEMO, out=str(folder), steps=9), ALONE, first_step, "tokens", units)
+
+
+def read_log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_line_repeats_its_numbers_and_evaluations_do_not_count_as_steps(tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    log = open_log(tmp_path, first_step=1, units=6)
+    for step in (3, 5):
+        clock[0] += 3
+        with log.untimed():
+            clock[0] += 100
+        log.line(step, "loss 2.5", {"loss": 2.5})
+    numbers = {"loss": 2.5, "ms_per_step": 1500.0, "tokens_per_s": 4.0}
+    assert read_log(tmp_path) == [{"step": 3} | numbers, {"step": 5} | numbers]
+    first, second = capsys.readouterr().out.splitlines()
+    assert second.startswith("step 5/9 · loss 2.5 · 1500 ms/step · 4 tokens/s · ") and "GiB" in second
+    assert first.endswith("eta 5m09s") and second.endswith("eta 3m26s")  # which evaluations do lengthen
+    assert log.finish(None) == tmp_path / "checkpoint.pt"
+    assert capsys.readouterr().out.startswith("done in 3m26s · ")
+
+
+def test_logged_values_are_means_since_the_last_line_and_a_diverged_one_is_named(tmp_path):
+    log = open_log(tmp_path)
+    for value in (1.0, 2.0, 6.0):
+        log.add({"loss": torch.tensor(value, requires_grad=True)})
+    log.add({"rare": torch.tensor(5.0)})
+    assert log.means() == {"loss": 3.0, "rare": 5.0} and log.means() == {}
+    for value in (math.nan, math.inf):
+        log.add({"vq": torch.tensor(value)})
+        with pytest.raises(ValueError, match=f"^the vq loss became {value}: .*--resume and a lower --lr"):
+            log.means()
+
+
+def test_a_log_that_cannot_be_written_says_so(tmp_path):
+    log = open_log(tmp_path)
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"log.jsonl could not be written \(No space left on device\)"):
+        log.line(1, "", {})

@@ -14,7 +14,7 @@ from helpers import ROOT, SCRIPTS
 
 CODE = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("kernels/*.py"))
 LAYERS = ("kernels taming losses scenes files outputs", "codebook", "vq gpt orderings run data", "stages",
-          "train_vq train_gpt sample")
+          "cache", "train_vq train_gpt sample")
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules.split()}
 OUTSIDE = {"torch", "numpy", "PIL", "triton"} | set(sys.stdlib_module_names)
 

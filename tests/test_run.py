@@ -1,6 +1,5 @@
 """What the scripts share. Oracles: values worked out by hand, and literal schedules."""
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -13,7 +12,6 @@ import run
 import train_gpt
 import train_vq
 from helpers import ALONE
-from outputs import picture_grid, to_pixels
 
 DEMO = train_gpt.PRESETS["demo"]
 
@@ -61,12 +59,6 @@ def test_values_and_devices_that_no_run_can_have_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(run.UsageError, match="batch_size is 16, which cannot be shared evenly by 3"):
         run.start(config)
-
-
-def test_numbers_are_printed_with_units():
-    assert [run.si(x) for x in (7.4, 999, 1500, 80_400, 2_340_000)] == ["7", "999", "1.5k", "80.4k", "2.3M"]
-    assert [run.duration(x) for x in (0, 59.6, 145)] == ["0m00s", "1m00s", "2m25s"]
-    assert [run.duration(x) for x in (3600, 90_061)] == ["1h00m", "25h01m"]
 
 
 def test_what_is_due_after_each_step():
@@ -147,49 +139,3 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="a mistake of ours"):  # needs its traceback
         error = RuntimeError("a mistake of ours")
         run.command_line(main)
-
-
-def open_log(folder, first_step: int = 0, units: int = 5) -> run.Log:
-    return run.Log(dataclasses.replace(DEMO, out=str(folder), steps=9), ALONE, first_step, "tokens", units)
-
-
-def read_log(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def test_a_line_repeats_its_numbers_and_evaluations_do_not_count_as_steps(tmp_path, monkeypatch, capsys):
-    clock = [0.0]
-    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
-    log = open_log(tmp_path, first_step=1, units=6)
-    for step in (3, 5):
-        clock[0] += 3
-        with log.untimed():
-            clock[0] += 100
-        log.line(step, "loss 2.5", {"loss": 2.5})
-    numbers = {"loss": 2.5, "ms_per_step": 1500.0, "tokens_per_s": 4.0}
-    assert read_log(tmp_path) == [{"step": 3} | numbers, {"step": 5} | numbers]
-    first, second = capsys.readouterr().out.splitlines()
-    assert second.startswith("step 5/9 · loss 2.5 · 1500 ms/step · 4 tokens/s · ") and "GiB" in second
-    assert first.endswith("eta 5m09s") and second.endswith("eta 3m26s")  # which evaluations do lengthen
-    assert log.finish(None) == tmp_path / "checkpoint.pt"
-    assert capsys.readouterr().out.startswith("done in 3m26s · ")
-
-
-def test_logged_values_are_means_since_the_last_line_and_a_diverged_one_is_named(tmp_path):
-    log = open_log(tmp_path)
-    for value in (1.0, 2.0, 6.0):
-        log.add({"loss": torch.tensor(value, requires_grad=True)})
-    log.add({"rare": torch.tensor(5.0)})
-    assert log.means() == {"loss": 3.0, "rare": 5.0} and log.means() == {}
-    for value in (math.nan, math.inf):
-        log.add({"vq": torch.tensor(value)})
-        with pytest.raises(ValueError, match=f"^the vq loss became {value}: .*--resume and a lower --lr"):
-            log.means()
-
-
-def test_a_log_that_cannot_be_written_says_so(tmp_path):
-    log = open_log(tmp_path)
-    (tmp_path / "log.jsonl").unlink()
-    (tmp_path / "log.jsonl").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"log.jsonl could not be written \(No space left on device\)"):
-        log.line(1, "", {})

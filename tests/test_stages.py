@@ -1,13 +1,11 @@
-"""First stages, the cache of their codes, and sampling from a prior.
+"""First stages, and sampling from a prior.
 
 Oracles: encoding by hand, the data set without a cache, plain sampling, and a search for the nearest window.
 Random networks in float64, so that no draw depends on the order in which a BLAS sums.
 """
 import dataclasses
 import itertools
-import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +14,9 @@ from torch import Tensor
 
 import data
 from gpt import GPT
-from helpers import ALONE, build, first_stage_of, seeded
+from helpers import build, first_stage_of, seeded
 from orderings import ORDERINGS, TokenLayout
-from stages import CodeCache, FirstStage, Prior, Sampling
+from stages import FirstStage, Prior, Sampling
 from vq import VQ, VQConfig
 
 
@@ -83,111 +81,6 @@ def test_a_first_stage_of_another_field_is_refused_and_a_moved_data_set_known_ag
     assert stage.was_trained_on("folder", str(moved)) and not stage.was_trained_on("folder", str(other))
     stage.trained_on = stage.trained_on | {"data_dir": str(tmp_path / "gone")}
     assert stage.was_trained_on("folder", str(moved)) and not stage.was_trained_on("folder", str(other))
-
-
-class Numbers:
-    """Picture i is filled with i, in view n of seed s with i + 50 + 50 n + s; its class is i mod 3."""
-
-    def __init__(self, count: int, name: str = "numbers"):
-        self.count, self.name = count, name
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, item) -> dict:
-        index, key = item
-        pixels = np.full((3, 4, 4), index + (0 if key is None else 50 + 50 * key[1] + key[0]), np.uint8)
-        return {"image": pixels, "class": np.int64(index % 3)}
-
-    def fingerprint(self) -> str:
-        return self.name
-
-
-class Encoder:
-    """Stands for a first stage: codes are the upper left quarter of a picture times 250; counts them."""
-
-    side = 2
-
-    def __init__(self, name: str = "hash"):
-        self.name, self.pictures = name, 0
-
-    def hash(self) -> str:
-        return self.name
-
-    def encode(self, values: Tensor) -> Tensor:
-        self.pictures += len(values)
-        return values[:, 0, :2, :2].long() * 250
-
-
-def cache(directory: Path, dataset, encoder, views: int = 1, seed: int = 0, split: str = "train",
-          **others) -> np.ndarray:
-    codes = CodeCache(directory, seed, views).codes(split, dataset, {"image": encoder} | others, ALONE, 0)
-    return codes["image"] if not others else codes
-
-
-def test_a_cache_holds_what_encoding_gives_of_all_fields_and_views(tmp_path):
-    dataset = Numbers(70)
-    codes = cache(tmp_path / "new" / "folder", dataset, Encoder(), views=3, seed=5, **{"class": None})
-    assert codes["image"].shape == (210, 2, 2) and codes["image"].dtype == np.uint16
-    for view, index in itertools.product(range(3), range(70)):
-        item = dataset[index, None if view == 0 else (5, view)]
-        assert (codes["image"][70 * view + index] == 250 * item["image"][0, :2, :2].astype(int)).all()
-        assert codes["class"][70 * view + index] == index % 3
-    assert codes["image"].max() > 2**15  # 16 bits without a sign
-    assert len(cache(tmp_path, dataset, Encoder(), views=3, split="val")) == 70  # validation has one view
-
-
-def test_a_cache_is_computed_once_and_is_another_for_whatever_changes_its_codes(tmp_path):
-    encoder, count = Encoder(), 0
-    first = cache(tmp_path, Numbers(6), encoder)
-    second = cache(tmp_path, Numbers(6), encoder, seed=9)  # the plain view alone does not depend on the seed
-    assert encoder.pictures == 6 and np.array_equal(first, second)
-    for codes in (first, second):
-        with pytest.raises(ValueError, match="read-only"):
-            codes[0, 0] = 1
-    for change in [{}, {"encoder": Encoder("other")}, {"dataset": Numbers(6, "other")}, {"views": 2},
-                   {"views": 2, "seed": 1}, {"views": 3}]:
-        for expected in (6 * change.get("views", 1), 0):
-            one = change.get("encoder", encoder)
-            one.pictures = 0
-            cache(tmp_path, **{"dataset": Numbers(6), "encoder": one} | change)
-            assert one.pictures == (expected if change else 0)
-        count += 1
-        assert len(list(tmp_path.glob("codes-*.npy"))) == count == len(list(tmp_path.iterdir()))
-    encoder.pictures = 0
-    cache(tmp_path, Numbers(6), encoder, **{"class": None})  # only what is missing is computed
-    assert encoder.pictures == 0 and len(list(tmp_path.iterdir())) == count + 1
-
-
-def test_an_interrupted_cache_is_never_read_and_a_damaged_one_is_named(tmp_path):
-    class Interrupted(Encoder):
-        def encode(self, values: Tensor) -> Tensor:
-            if values.max() > 64:  # in the second batch
-                raise KeyboardInterrupt
-            return super().encode(values)
-
-    with pytest.raises(KeyboardInterrupt):
-        cache(tmp_path, Numbers(70), Interrupted())
-    assert not list(tmp_path.glob("*.npy")) and len(list(tmp_path.glob("*.part"))) == 1
-    assert cache(tmp_path, Numbers(70), Encoder())[:, 1, 1].tolist() == [250 * i for i in range(70)]
-    path = next(tmp_path.glob("*.npy"))
-    whole = path.read_bytes()
-    np.save(tmp_path / "other.npy", np.zeros((1, 70, 2, 2)))
-    for content in (whole[:-9], whole[:20], b"", (tmp_path / "other.npy").read_bytes()):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{path.name} is damaged .*: remove it, and the codes are"):
-            cache(tmp_path, Numbers(70), Encoder())
-
-
-def test_a_full_disk_is_noticed_before_anything_is_encoded(tmp_path, monkeypatch):
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    encoder = Encoder()
-    with pytest.raises(OSError, match=r"\(No space left on device\): make room, or name .* --codes-dir"):
-        cache(tmp_path, Numbers(5), encoder)
-    assert encoder.pictures == 0 and list(tmp_path.iterdir()) == []
 
 
 def test_tokens_are_the_condition_or_null_and_then_each_grid_in_the_order():

@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import cache
 import data
 import train_gpt
 import train_vq
-from outputs import load_checkpoint
 from gpt import GPT, GPTConfig
 from helpers import ALONE, ROOT, assert_bit_equal, gpt_flags, shell
 from orderings import ORDERINGS
+from outputs import load_checkpoint
 from stages import FirstStage, Prior
 
 TINY = "--n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --device cpu".split()
@@ -307,7 +308,7 @@ def test_image_and_condition_have_the_same_crop_and_flip_in_every_view(tmp_path)
         codes_dir=str(tmp_path / "codes"), workers=0)
     for flip in (True, False):
         stages = {field: Pixels(field, flip) for field in ("image", "segmentation")}
-        training, validation, _ = train_gpt.encode_pictures(config, stages, None, ALONE)
+        training, validation, _ = cache.encode_pictures(config, stages, None, ALONE)
         assert len(training["image"]) == 24 and len(validation["image"]) == 6
         assert np.array_equal(training["segmentation"], training["image"] // 64)
         crops = [(left, mirrored) for n in range(24) for left in range(9) for mirrored in (False, True)

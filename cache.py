@@ -1,0 +1,121 @@
+"""The codes of a data set, computed once by the frozen first stages and kept on the disk for every run (§2).
+
+Symbols: N pictures, h×w code grid.
+"""
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import data
+import run
+from outputs import describe_data
+from stages import Stages
+
+
+@dataclass(frozen=True)
+class CodeCache:
+    """Where the codes of data sets are kept, and how many augmented encodings of each training picture.
+
+    A file's name is the hash of all that its codes depend on: network, pictures, augmentation. So a stale
+    file is never read, and runs of all orders share one.
+    """
+    directory: Path
+    seed: int
+    views: int  # per training picture; the first is not augmented
+
+    def codes(self, split: str, dataset, stages: Stages, process: run.Process,
+              workers: int) -> dict[str, np.ndarray]:
+        """Codes of each field of a data set, (views · N, h, w) uint16 memory maps; of a class, (views · N,).
+
+        All fields are read and encoded in one pass, by all processes of the run. Each file is complete or
+        absent. Raises OSError for a full disk, ValueError for a damaged file.
+        """
+        views, N = self.views if split == "train" else 1, len(dataset)
+        paths, shapes, fingerprint = {}, {}, dataset.fingerprint()
+        for field, stage in stages.items():
+            seed = self.seed if views > 1 else None
+            text = json.dumps([field, stage and stage.hash(), fingerprint, views, seed])
+            paths[field] = self.directory / f"codes-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
+            shapes[field] = (views, N, stage.side, stage.side) if stage else (views, N)
+        missing = [name for name, path in paths.items() if not path.is_file()]
+        identity, fields = process.agree([os.getpid(), missing])  # of the first: all write the same files
+        if fields:
+            parts = {field: paths[field].with_suffix(f".{identity}.part") for field in fields}
+            if process.rank == 0:
+                print(f"encoding {views * N:,} pictures ({' and '.join(fields)}) into {self.directory}",
+                      flush=True)
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for field in fields:
+                    reserve(parts[field], shapes[field])
+            process.wait_for_all()
+            arrays = {field: np.lib.format.open_memmap(parts[field], "r+") for field in fields}
+            for view in range(views):
+                key = None if view == 0 else (self.seed, view)
+                order = data.fixed_order(N, 64, key, process.rank, process.world)
+                for batch, values in zip(order, data.load(dataset, order, process.device, workers)):
+                    index = [i for i, _ in batch]
+                    for field in fields:
+                        stage = stages[field]
+                        codes = stage.encode(values[field]) if stage else values[field]
+                        arrays[field][view, index] = codes.cpu().numpy().astype(np.uint16)
+            for field in fields:
+                arrays[field].flush()
+            process.wait_for_all()
+            if process.rank == 0:
+                for field in fields:
+                    parts[field].replace(paths[field])
+            process.wait_for_all()
+        return {field: read_codes(path, shapes[field]) for field, path in paths.items()}
+
+
+def reserve(path: Path, shape: tuple[int, ...]):
+    """A file for codes of that shape. Raises OSError if the disk is too full, rather than a crash later."""
+    np.lib.format.open_memmap(path, "w+", np.uint16, shape).flush()
+    if hasattr(os, "posix_fallocate"):
+        try:
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise OSError(f"{path} could not be written ({error.strerror}): make room, "
+                          "or name another folder with --codes-dir") from None
+
+
+def read_codes(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """(views, N, …) on the disk → (views · N, …). Raises ValueError for another file."""
+    try:
+        codes = np.load(path, mmap_mode="r")
+        assert codes.shape == shape and codes.dtype == np.uint16, (codes.shape, codes.dtype)
+    except (ValueError, EOFError, AssertionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and the codes are made anew") from None
+    return codes.reshape(-1, *shape[2:])
+
+
+def encode_pictures(config: Any, stages: Stages, checkpoint: dict | None,
+                    process: run.Process) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
+    """Codes of all training and validation pictures by field, (N, h, w) uint16 or labels (N,); see CodeCache.
+
+    Also a description of the data set. Image and condition are read together: crop and flip agree.
+    """
+    image, condition = stages["image"], stages.get(config.condition)
+    preparation = replace(image.preparation, fields=tuple(stages))
+    if condition:
+        own = condition.preparation
+        if own.size != preparation.size:
+            raise ValueError(f"the first stage of images was trained at {preparation.size} pixels, that of "
+                             f"{config.condition} at {own.size}; they must agree")
+        preparation = replace(preparation, void_label=own.void_label, segments=own.segments)
+    cache = CodeCache(Path(config.codes_dir), config.seed, config.views)
+    with process.first_alone():  # it may have to download
+        datasets = {split: data.open_dataset(config.data, config.data_dir, split, preparation)
+                    for split in ("train", "val")}
+    trained_on = describe_data(config, datasets["train"], checkpoint)
+    workers = data.worker_count(config.workers, config.data)
+    training, validation = (cache.codes(split, dataset, stages, process, workers)
+                            for split, dataset in datasets.items())
+    return training, validation, trained_on
