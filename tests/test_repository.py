@@ -68,7 +68,7 @@ def test_every_flag_is_explained_and_read_and_the_defaults_are_the_paper(script)
     comments = re.findall(r"(?m)^    (\w+): \w+ = .*?  # \S.*$", inspect.getsource(config))
     fields = [field.name for field in dataclasses.fields(config)]
     assert comments == fields
-    code = "".join((ROOT / name).read_text() for name in (script, "run.py"))
+    code = "".join((ROOT / name).read_text() for name in (script, "run.py", "cache.py"))
     for name in set(fields) - {"preset"}:  # the preset is read where the flags are parsed
         assert re.search(rf"(config|self)\.{name}\b", code), f"--{name} is read nowhere"
     assert list(presets) == ["demo", "cifar10", "paper"] and presets["paper"] == config()
