@@ -119,3 +119,12 @@ def encode_pictures(config: Any, stages: Stages, checkpoint: dict | None,
     training, validation = (cache.codes(split, dataset, stages, process, workers)
                             for split, dataset in datasets.items())
     return training, validation, trained_on
+
+
+def random_codes(config: Any, stages: Stages, checkpoint: dict | None,
+                 process: run.Process) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
+    """In place of `encode_pictures`, for a benchmark: a batch of random codes, of 1,000 classes."""
+    random = np.random.default_rng(config.seed)
+    codes = {field: random.integers(stage.codebook_size, size=(config.batch_size, stage.side, stage.side))
+             if stage else random.integers(1000, size=config.batch_size) for field, stage in stages.items()}
+    return codes, codes, {"classes": [str(label) for label in range(1000 if "class" in stages else 0)]}

@@ -80,6 +80,13 @@ def codebook_use(counts: Tensor) -> tuple[int, float]:
     return int((counts > 0).sum()), math.exp(entropy(counts))
 
 
+def use_colours(counts: Tensor) -> Tensor:
+    """A colour for each code by its count (K,): the larger the brighter, red for 0. (K, 3, 1, 1)."""
+    shades = 2 * counts.log1p() / counts.max().log1p() - 1  # (K,) in [−1, 1]
+    unused = torch.tensor([1.0, -1.0, -1.0], device=counts.device)
+    return torch.where(counts[:, None] > 0, shades[:, None], unused)[:, :, None, None]
+
+
 def entropy(counts: Tensor) -> float:
     """Entropy of the distribution that counts (K,) give, in nats: the unigram baseline of a prior's loss."""
     return float(torch.special.entr(counts.double() / counts.sum()).sum())

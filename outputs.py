@@ -59,14 +59,14 @@ def step_of(line: str) -> float:
         return math.inf
 
 
-def save_checkpoint(config: Any, process: Any, step: int, parts: dict):
-    """Write checkpoint.pt, from the first process: `parts` and what every run has, plain values and tensors.
+def save_checkpoint(config: Any, process: Any, step: int, parts: dict, name: str = "checkpoint.pt"):
+    """Write a checkpoint from the first process: `parts` and what every run has, plain values and tensors.
 
     A crash or a full disk leaves the file before it intact. Raises OSError.
     """
     if process.rank > 0:
         return
-    path = config.folder / "checkpoint.pt"
+    path = config.folder / name
     part = path.with_suffix(f".{os.getpid()}.part")
     provenance = {"command": " ".join(sys.argv), "torch": str(torch.__version__),
                   "python": platform.python_version(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}

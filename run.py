@@ -10,15 +10,21 @@ import math
 import os
 import re
 import signal
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from outputs import load_checkpoint
+from outputs import duration, load_checkpoint, memory, si
+
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # FLOP/s in bfloat16, dense, NVIDIA's data sheets
 
 
 class UsageError(ValueError):
@@ -35,7 +41,8 @@ def configure(presets: dict[str, Any], argv: list[str] | None) -> tuple[Any, dic
     if preset not in presets:
         raise UsageError(f"preset is {preset!r}; choose one of {', '.join(presets)}")
     config = override(presets[preset], flags)
-    path = config.folder / "checkpoint.pt" if hasattr(config, "resume") else None
+    trains = hasattr(config, "resume") and not config.benchmark
+    path = config.folder / "checkpoint.pt" if trains else None
     if path and path.exists():
         checkpoint = load_checkpoint(path, config.KIND)
         before, done = checkpoint["config"], checkpoint["step"]
@@ -200,6 +207,52 @@ def start(config: Any) -> Process:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(config.seed)
     return Process(device, rank, world)
+
+
+class CountOperations(TorchDispatchMode):
+    """Sums up the floating-point operations of products, convolutions and torch's own attention."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        formula = flop_registry.get(operation._overloadpacket)
+        self.flops += formula(*args, **(kwargs or {}), out_val=result) if formula else 0
+        return result
+
+
+def benchmark(train_step: Callable[[], Any], config: Any, process: Process, unit: str, units: int):
+    """Print what all steps of a run will cost, from the median of some on this machine.
+
+    `units`: images or tokens of one picture. Share of the peak: operations of the step, without our Triton
+    kernels, against the GPU's data sheet, or against a large matrix product where that is not known.
+    """
+    device, times = process.device, []
+
+    def measure(step: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    with torch.compiler.set_stance("force_eager"), CountOperations() as counted:
+        train_step()
+    measure(train_step)  # compiles, and chooses algorithms
+    while len(times) < 3 or len(times) < 30 and sum(times) < 20:
+        times.append(measure(train_step))
+    seconds, rate = statistics.median(times), counted.flops / statistics.median(times)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    peak = next((peak for gpu, peak in PEAKS.items() if gpu in name), None)
+    if not peak:
+        x = torch.rand(2048, 2048, device=device)
+        with autocast(device):
+            peak = 2 * 2048**3 / min(measure(lambda: x @ x) for _ in range(10))
+    if process.rank == 0:
+        print(f"{seconds * 1e3:.4g} ms/step · {si(config.batch_size * units / seconds)} {unit}/s · "
+              f"{rate / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s ({rate / peak:.0%} of {name}'s peak) · "
+              f"{memory(device):.1f} GiB\n{config.steps:,} steps of {config.batch_size} pictures, "
+              f"{config.steps * config.batch_size:,} in all: {duration(config.steps * seconds)}")
 
 
 class Due(NamedTuple):

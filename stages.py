@@ -6,9 +6,11 @@
 Symbols: B batch, N pictures of a data set, C channels, H×W pixels, h×w code grid, T image tokens.
 """
 import hashlib
+import itertools
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +19,17 @@ from torch import Tensor, nn
 import data
 import run
 import taming
+from codebook import as_vectors
 from gpt import GPT, GPTConfig, check_sampling
 from orderings import ORDERINGS, TokenLayout
 from outputs import load_checkpoint
-from vq import VQ, VQConfig
+from vq import VQ, Palette, VQConfig
 
 
 class FirstStage:
-    """A frozen autoencoder, the field of the data that it codes, and how its pictures were prepared."""
+    """A frozen autoencoder or palette, the field of the data it codes, and how its pictures were prepared."""
 
-    def __init__(self, vq: VQ, field: str, preparation: data.Preparation, trained_on: dict):
+    def __init__(self, vq: VQ | Palette, field: str, preparation: data.Preparation, trained_on: dict):
         """`trained_on` names the data set, its folder and its digest; empty for the authors' files."""
         self.vq = vq.eval().requires_grad_(False)
         self.field, self.trained_on = field, trained_on
@@ -53,6 +56,19 @@ class FirstStage:
                              f"channels, not of {field}; train one with train_vq.py --target {field}")
         return stage
 
+    @classmethod
+    def of_pixels(cls, config: Any, preparation: data.Preparation, process: run.Process) -> "FirstStage":
+        """The pixel baseline's (§2): 512 colours, by k-means of pixels of about 1,000 training pictures."""
+        colours = torch.rand(512, 3)
+        if not config.benchmark:
+            with process.first_alone():  # it may have to download
+                dataset = data.open_dataset(config.data, config.data_dir, "train", preparation)
+            batches = min(16, 1 + len(dataset) // 64)
+            order = itertools.islice(data.training_order(len(dataset), 64, config.seed), batches)
+            images = torch.cat([batch["image"] for batch in data.load(dataset, order, process.device, 0)])
+            colours = Palette.fit(as_vectors(data.as_input(images, "image", 3)), 512).colours
+        return cls(Palette(process.agree([colours.cpu()])[0]), "image", preparation, {})
+
     @staticmethod
     def is_finished(path: Path) -> bool:
         """Whether train_vq.py's checkpoint is there, and has had all its steps."""
@@ -62,8 +78,9 @@ class FirstStage:
     @classmethod
     def from_state(cls, state: dict) -> "FirstStage":
         """The inverse of `state`."""
-        vq = VQ(VQConfig(**state["model_config"]))
-        vq.load_state_dict(state["model"])
+        weights = state["model"]
+        vq = Palette(weights["colours"]) if "colours" in weights else VQ(VQConfig(**state["model_config"]))
+        vq.load_state_dict(weights)
         return cls(vq, state["target"], data.Preparation(**state["preparation"]), state["trained_on"])
 
     def to(self, device: torch.device) -> "FirstStage":
@@ -93,7 +110,7 @@ class FirstStage:
 
     def encode(self, values: Tensor) -> Tensor:
         """The field of a batch as `data.load` gives it, (B, …) → codes (B, h, w) int64."""
-        values = values.to(self.vq.quantizer.codebook.device)
+        values = values.to(next(self.vq.parameters()).device)
         return self.vq.encode(data.as_input(values, self.field, self.vq.config.image_channels))
 
     def decode(self, codes: Tensor) -> Tensor:

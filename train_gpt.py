@@ -3,11 +3,13 @@
     python train_gpt.py --order spiral                        the drawn scenes, under 5 minutes on 2 CPU cores
     python train_gpt.py --condition segmentation              masks → pictures; also class, depth, pose
     python train_gpt.py --multiscale                          coarse to fine, §3
+    python train_gpt.py --preset cifar10 --pixels             on 1,024 pixels of 512 colours, §2's baseline
+    python train_gpt.py --preset paper --benchmark            what the run would cost on this machine
     python train_gpt.py --data folder --data-dir my_pictures  your own pictures
     torchrun --nproc-per-node 4 train_gpt.py --preset paper   several GPUs
 
-Trains the first stages that are missing. Leaves checkpoint.pt, log.jsonl, samples and a map of the loss in
---out. Ctrl-C saves; --resume goes on.
+Trains the first stages that are missing. Leaves in --out checkpoint.pt, best.pt (of the lowest validation
+loss), log.jsonl, samples and a map of the loss. Ctrl-C saves; --resume goes on.
 """
 import math
 from dataclasses import dataclass, replace
@@ -17,17 +19,19 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import data
 import run
 import train_vq
-from cache import encode_pictures
+from cache import encode_pictures, random_codes
 from codebook import entropy
 from gpt import GPT, GPTConfig
 from orderings import ORDERINGS, TokenLayout
 from outputs import Log, check_finite, picture_grid, save_checkpoint, save_picture, set_random_state
 from stages import FirstStage, Prior, Sampling, Stages, stages_from_state
+from vq import VQ
 
 CONDITIONS = ("none", "class", "segmentation", "depth", "pose")
 MAPS = CONDITIONS[2:]  # with a first stage of their own
@@ -41,6 +45,8 @@ class TrainConfig:
     resume: bool = False  # go on from checkpoint.pt in that folder
     seed: int = 0  # of the weights, the order of the pictures, dropout and the sampled pictures
     device: str = "auto"  # cpu, cuda, cuda:1, …; auto: a GPU if there is one
+    compile: bool = False  # torch.compile the network: minutes at the start; meant for GPUs
+    benchmark: bool = False  # only measure a training step on random codes: speed, memory, time of all steps
 
     data: str = "folder"  # scenes, cifar10, folder, imagenet, restricted-imagenet, ade20k, deepfashion
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
@@ -51,6 +57,7 @@ class TrainConfig:
 
     order: str = "row"  # row, spiral, zcurve, subsample or alternate: how a grid is unrolled, §3, Fig. 2
     multiscale: bool = False  # coarse to fine: grids of all smaller powers of two come first, §3
+    pixels: bool = False  # no first stage: each pixel is a code, one of 512 colours; the baseline of §2
     condition: str = "none"  # class, segmentation, depth or pose: its tokens come before the image's, §4
     condition_vq: str = ""  # first stage of a condition map; empty: runs/vq-PRESET-DATA-CONDITION/
     condition_dropout: float = 0.0  # share of training sequences without their condition, for guidance
@@ -78,8 +85,8 @@ class TrainConfig:
     checkpoint_every: int = 5000  # steps between two checkpoints
 
     KIND = "gpt"
-    CHANGEABLE = ("out", "resume", "device", "data_dir", "workers", "codes_dir", "steps", "lr", "temperature",
-                  "top_k", "log_every", "eval_every", "checkpoint_every")
+    CHANGEABLE = ("out", "resume", "device", "compile", "benchmark", "data_dir", "workers", "codes_dir",
+                  "steps", "lr", "temperature", "top_k", "log_every", "eval_every", "checkpoint_every")
 
     def __post_init__(self):
         run.check_training(self)
@@ -92,14 +99,17 @@ class TrainConfig:
             raise ValueError(f"condition_dropout is {self.condition_dropout}; it must lie in [0, 1)")
         if self.condition != "none":
             data.check_offered(self.data, self.condition)
+        if self.pixels and (self.preset == "paper" or self.multiscale or self.vq):
+            raise ValueError("pixels have neither a first stage (--vq) nor coarser scales (--multiscale), "
+                             "and 256×256 are too many: try --preset demo or cifar10, of 32×32 pixels")
         self.sampling
         self.model(TokenLayout(codebook_size=1, height=1, width=1))
 
     @property
     def folder(self) -> Path:
         condition = "" if self.condition == "none" else f"-{self.condition}"
-        scales = "-multiscale" if self.multiscale else ""
-        return Path(self.out or f"runs/gpt-{self.preset}-{self.data}-{self.order}{condition}{scales}")
+        kind = "-multiscale" if self.multiscale else "-pixels" if self.pixels else ""
+        return Path(self.out or f"runs/gpt-{self.preset}-{self.data}-{self.order}{condition}{kind}")
 
     @property
     def sampling(self) -> Sampling:
@@ -130,40 +140,34 @@ PRESETS = {
 }
 
 
-def main(argv: list[str] | None = None) -> Path:
-    """Train as the command line says; returns the path of the checkpoint."""
+def main(argv: list[str] | None = None) -> Path | None:
+    """Train as the command line says; returns the path of the checkpoint, None for a benchmark."""
     config, checkpoint = run.configure(PRESETS, argv)
     process = run.start(config)
     device, rank, world = process
 
     # The frozen first stages, and each picture's codes, which are computed once and cached.
     stages = open_stages(config, checkpoint, process)
-    training, validation, trained_on = encode_pictures(config, stages, checkpoint, process)
+    encode = random_codes if config.benchmark else encode_pictures
+    training, validation, trained_on = encode(config, stages, checkpoint, process)
     layout = token_layout(config, stages, classes=len(trained_on["classes"]))
 
     # Seeded again: the weights must not depend on whether a first stage was trained just before.
     torch.manual_seed(config.seed)
     gpt = GPT(config.model(layout)).to(device)
-    model = DistributedDataParallel(gpt) if world > 1 else gpt
+    model = torch.compile(gpt) if config.compile else gpt
+    model = DistributedDataParallel(model) if world > 1 else model
     prior = Prior(gpt, layout, stages, trained_on)
     optimizer = torch.optim.AdamW(gpt.parameter_groups(config.weight_decay), config.lr,
                                   betas=(config.beta1, config.beta2), fused=True)
-    first_step = 0
+    first_step, best = 0, (math.inf, 0)  # the lowest validation loss, and after which step it was
     if checkpoint:
-        first_step = checkpoint["step"]
+        first_step, best = checkpoint["step"], checkpoint["best"]
         gpt.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         set_random_state(checkpoint["random"])
 
-    if rank == 0:
-        describe(config, prior, training, validation, device)
-    count, T = len(training["image"]), sum(layout.lengths)
-    order = data.training_order(count, config.batch_size, config.seed, first_step, rank, world)
-    log = Log(config, process, first_step, "tokens", config.batch_size * T)
-    scores, samples_path = {}, None
-    for step, due in run.steps(config, process, first_step):
-        lr = run.set_learning_rate(optimizer, config, step)
-        index = [index for index, _ in next(order)]
+    def train_step(index: list[int]) -> Tensor:
         tokens = prior.tokens(training, index, config.condition_dropout)  # (B, P + T)
         with run.autocast(device):
             loss = layout.loss(model(tokens[:, :-1]), tokens).mean()
@@ -172,7 +176,20 @@ def main(argv: list[str] | None = None) -> Path:
         if config.clip:
             nn.utils.clip_grad_norm_(gpt.parameters(), config.clip)
         optimizer.step()
-        log.add({"train": loss})
+        return loss
+
+    if rank == 0:
+        describe(config, prior, training, validation, device)
+    if config.benchmark:
+        batch = list(range(config.batch_size // world))
+        return run.benchmark(lambda: train_step(batch), config, process, "tokens", sum(layout.lengths))
+    count, T = len(training["image"]), sum(layout.lengths)
+    order = data.training_order(count, config.batch_size, config.seed, first_step, rank, world)
+    log = Log(config, process, first_step, "tokens", config.batch_size * T)
+    scores, samples_path = {}, None
+    for step, due in run.steps(config, process, first_step):
+        lr = run.set_learning_rate(optimizer, config, step)
+        log.add({"train": train_step([index for index, _ in next(order)])})
 
         # A diverged run ends at the means or scores, before it is sampled from or saved.
         if due.log:
@@ -187,9 +204,15 @@ def main(argv: list[str] | None = None) -> Path:
         if due.log:
             text = f"train {means['train']:.3f} nats/token{status_text(scores, layout)} · lr {lr:.1e}"
             log.line(step, text, means | {"lr": lr} | (scores if due.evaluate else {}))
+        if due.evaluate and scores["val"] < best[0]:  # few pictures are overfitted soon
+            best = scores["val"], step
+            save_checkpoint(config, process, step, prior.state(), "best.pt")
         if due.save:
-            save_checkpoint(config, process, step, prior.state() | {"optimizer": optimizer.state_dict()})
+            save_checkpoint(config, process, step,
+                            prior.state() | {"optimizer": optimizer.state_dict(), "best": best})
 
+    if rank == 0 and 0 < best[1] < config.steps:
+        print(f"the lowest validation loss, {best[0]:.3f}, was after step {best[1]}: {config.folder}/best.pt")
     return log.finish(samples_path)
 
 
@@ -212,8 +235,13 @@ def open_stages(config: TrainConfig, checkpoint: dict | None, process: run.Proce
 
 
 def default_stage(config: TrainConfig, field: str, process: run.Process) -> FirstStage:
-    """This preset's first stage of a field, trained to its end if it is not there."""
-    path = replace(train_vq.PRESETS[config.preset], data=config.data, target=field).folder / "checkpoint.pt"
+    """This preset's first stage of a field, trained to its end if it is not there; or of the pixels."""
+    own = replace(train_vq.PRESETS[config.preset], data=config.data, target=field)
+    if config.pixels and field == "image":
+        return FirstStage.of_pixels(config, own.preparation, process)
+    if config.benchmark:  # only its sizes matter
+        return FirstStage(VQ(own.model()), field, own.preparation, {})
+    path = own.folder / "checkpoint.pt"
     finished = FirstStage.is_finished(path)
     process.wait_for_all()  # nobody writes the file before all have looked
     if not finished:

@@ -4,6 +4,7 @@
     python train_vq.py --preset cifar10 --data-dir data       CIFAR-10 as in §2
     python train_vq.py --data folder --data-dir my_pictures   your own pictures
     python train_vq.py --target depth                         the first stage of a condition, §4
+    python train_vq.py --preset paper --benchmark             what the run would cost on this machine
     torchrun --nproc-per-node 4 train_vq.py --preset paper    several GPUs
 
 Leaves checkpoint.pt, log.jsonl and pictures in --out: inputs above reconstructions, and the use of each code
@@ -21,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import run
-from codebook import codebook_use, initialize_codebook, restart_dead_codes
+from codebook import codebook_use, initialize_codebook, restart_dead_codes, use_colours
+from data import Preparation
 from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, image_loss, mask_loss,
                     score_images, score_masks)
 from outputs import (Log, check_finite, describe_data, picture_grid, save_checkpoint, save_picture,
@@ -37,6 +39,8 @@ class TrainConfig:
     resume: bool = False  # go on from checkpoint.pt in that folder
     seed: int = 0  # of the weights, the order of the pictures and their crops
     device: str = "auto"  # cpu, cuda, cuda:1, …; auto: a GPU if there is one
+    compile: bool = False  # torch.compile the network: minutes at the start; meant for GPUs
+    benchmark: bool = False  # only measure a training step on drawn scenes: speed, memory, time of all steps
 
     data: str = "folder"  # scenes, cifar10, folder, imagenet, restricted-imagenet, ade20k, deepfashion
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
@@ -78,8 +82,9 @@ class TrainConfig:
     checkpoint_every: int = 5000  # steps between two checkpoints
 
     KIND = "vq"
-    CHANGEABLE = ("out", "resume", "device", "data_dir", "workers", "perceptual_weights",
-                  "gradient_checkpointing", "steps", "lr", "log_every", "eval_every", "checkpoint_every")
+    CHANGEABLE = ("out", "resume", "device", "compile", "benchmark", "data_dir", "workers",
+                  "perceptual_weights", "gradient_checkpointing", "steps", "lr", "log_every", "eval_every",
+                  "checkpoint_every")
 
     def __post_init__(self):
         run.check_training(self)
@@ -117,6 +122,11 @@ class TrainConfig:
         return self.discriminator_weight > 0 and not self.one_hot
 
     @property
+    def preparation(self) -> Preparation:
+        return Preparation(self.image_size, (self.target,), self.flip, self.upscale, self.void_label,
+                           self.segments)
+
+    @property
     def folder(self) -> Path:
         target = "" if self.target == "image" else f"-{self.target}"
         return Path(self.out or f"runs/vq-{self.preset}-{self.data}{target}")
@@ -152,16 +162,15 @@ PRESETS = {
 }
 
 
-def main(argv: list[str] | None = None) -> Path:
-    """Train as the command line says; returns the path of the checkpoint."""
+def main(argv: list[str] | None = None) -> Path | None:
+    """Train as the command line says; returns the path of the checkpoint, None for a benchmark."""
     config, checkpoint = run.configure(PRESETS, argv)
     process = run.start(config)
     device, rank, world = process
 
-    preparation = data.Preparation(config.image_size, (config.target,), config.flip, config.upscale,
-                                   config.void_label, config.segments)
     with process.first_alone():  # it may have to download
-        training, validation = (data.open_dataset(config.data, config.data_dir, split, preparation)
+        name = "scenes" if config.benchmark else config.data  # they can be drawn in any size
+        training, validation = (data.open_dataset(name, config.data_dir, split, config.preparation)
                                 for split in ("train", "val"))
         perceptual = (PerceptualLoss(config.perceptual_weights, config.perceptual).to(device)
                       if config.perceives else None)
@@ -171,7 +180,7 @@ def main(argv: list[str] | None = None) -> Path:
     channels = model_config.image_channels
 
     # One forward pass of the autoencoder serves its own optimizer and the discriminator's.
-    vq = VQ(model_config, config.gradient_checkpointing).to(device)
+    vq = VQ(model_config, config.gradient_checkpointing, config.compile).to(device)
     model = DistributedDataParallel(vq) if world > 1 else vq
     optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2), fused=True)
     adversary = open_adversary(config, channels, process)
@@ -185,28 +194,15 @@ def main(argv: list[str] | None = None) -> Path:
         if adversary:
             adversary.load_state_dict(checkpoint["adversary"], first_step)
         set_random_state(checkpoint["random"])
-    else:
+    elif not config.benchmark:
         vectors = config.batch_size * (config.image_size // model_config.downsampling) ** 2  # a batch
         order = data.training_order(len(training), config.batch_size, config.seed)
         enough = itertools.islice(order, 16 * config.codebook_size // vectors + 1)  # 16 vectors a code
         initialize_codebook(vq, load_inputs(training, enough, config, channels, device), process)
 
-    if rank == 0:
-        S, side = config.image_size, config.image_size // model_config.downsampling
-        print(f"first stage: {len(training):,} training and {len(validation):,} validation pictures "
-              f"({config.target}) of {channels}×{S}×{S} → {side}×{side} of {config.codebook_size} codes · "
-              f"{sum(x.numel() for x in vq.parameters()):,} parameters · {device} · {config.folder}",
-              flush=True)
-    order = data.training_order(len(training), config.batch_size, config.seed, first_step, rank, world)
-    batches = load_inputs(training, order, config, channels, device)
-    log = Log(config, process, first_step, "images", config.batch_size)
-    scores, picture_path = {}, None
-    for step, due in run.steps(config, process, first_step):
-        lr = run.set_learning_rate(optimizer, config, step)
-        images = next(batches)  # (B, C, H, W)
+    def train_step(images: Tensor, step: int, lr: float) -> dict[str, Tensor]:
         with run.autocast(device):
             reconstructions, codes, quantization_loss = model(images)
-        reconstructions = reconstructions.float()
         if config.one_hot:
             loss = mask_loss(images, reconstructions, process.total(images.sum()) / world)
             parts = {"cross_entropy": loss}
@@ -222,7 +218,25 @@ def main(argv: list[str] | None = None) -> Path:
         if adversary and adversary.trains(step):
             parts |= adversary.train_step(images, reconstructions, lr)
         uses.index_add_(0, codes.flatten(), torch.ones(codes.numel(), device=device))  # `bincount` would sync
-        log.add(parts | {"vq": quantization_loss})
+        return parts | {"vq": quantization_loss}
+
+    if rank == 0:
+        S, side = config.image_size, config.image_size // model_config.downsampling
+        print(f"first stage: {len(training):,} training and {len(validation):,} validation pictures "
+              f"({config.target}) of {channels}×{S}×{S} → {side}×{side} of {config.codebook_size} codes · "
+              f"{sum(x.numel() for x in vq.parameters()):,} parameters · {device} · {config.folder}",
+              flush=True)
+    order = data.training_order(len(training), config.batch_size, config.seed, first_step, rank, world)
+    batches = load_inputs(training, order, config, channels, device)
+    if config.benchmark:
+        images = next(batches)  # with all losses, as after the last step
+        return run.benchmark(lambda: train_step(images, config.steps, lr=0.0), config, process, "images", 1)
+    log = Log(config, process, first_step, "images", config.batch_size)
+    scores, picture_path = {}, None
+    for step, due in run.steps(config, process, first_step):
+        lr = run.set_learning_rate(optimizer, config, step)
+        images = next(batches)  # (B, C, H, W)
+        log.add(train_step(images, step, lr))
 
         # A diverged run ends at the means, before anything is drawn or saved.
         if due.log:
@@ -243,7 +257,7 @@ def main(argv: list[str] | None = None) -> Path:
             process.total(uses)  # all processes go on from the same; it only matters which are 0
             save_checkpoint(config, process, step, {
                 "model_config": asdict(model_config), "model": vq.state_dict(), "target": config.target,
-                "preparation": asdict(preparation), "trained_on": trained_on, "uses": uses,
+                "preparation": asdict(config.preparation), "trained_on": trained_on, "uses": uses,
                 "optimizer": optimizer.state_dict(), "adversary": adversary and adversary.state_dict()})
 
     return log.finish(picture_path)
@@ -302,7 +316,6 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
     for images in load_inputs(validation, order, config, vq.config.image_channels, process.device):
         with run.autocast(process.device):
             reconstructions, codes, _ = vq(images)
-        reconstructions = reconstructions.float()
         sums += (score_masks(images, reconstructions) if config.one_hot
                  else score_images(images, reconstructions, perceptual))
         counts += torch.bincount(codes.flatten(), minlength=config.codebook_size)
@@ -321,10 +334,7 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
 
 @torch.no_grad()
 def draw(vq: VQ, validation, counts: Tensor, config: TrainConfig, path: Path):
-    """Up to 16 validation pictures in rows of 8, each row above its reconstructions, and the codebook's use.
-
-    There each code is a square: the larger its count (K,) the brighter, on a log scale; red for 0.
-    """
+    """Up to 16 validation pictures in rows of 8, each above its reconstruction; a square for each code."""
     order = data.fixed_order(min(16, len(validation)), 16)
     images = next(load_inputs(validation, order, config, vq.config.image_channels, counts.device))
     pairs = [data.as_pictures(x, config.target) for x in (images, vq.decode(vq.encode(images)))]
@@ -332,10 +342,7 @@ def draw(vq: VQ, validation, counts: Tensor, config: TrainConfig, path: Path):
     rows = [row for pair in zip(*(pictures.split(columns) for pictures in pairs)) for row in pair
             if len(row) == columns]
     save_picture(picture_grid(torch.cat(rows), columns), path)
-    shades = 2 * counts.log1p() / counts.max().log1p() - 1  # (K,) in [−1, 1]
-    unused = torch.tensor([1.0, -1.0, -1.0], device=counts.device)
-    colours = torch.where(counts[:, None] > 0, shades[:, None], unused)[:, :, None, None]  # (K, 3, 1, 1)
-    use = picture_grid(colours, math.ceil(math.sqrt(len(counts))), side=12)
+    use = picture_grid(use_colours(counts), math.ceil(math.sqrt(len(counts))), side=12)
     save_picture(use, path.with_name(f"{path.stem}-codes.png"))
 
 

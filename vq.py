@@ -204,7 +204,7 @@ class Quantizer(nn.Module):
 class VQ(nn.Module):
     """The autoencoder: `forward` for training, `encode` and `decode` between images and codes after it."""
 
-    def __init__(self, config: VQConfig, gradient_checkpointing: bool = False):
+    def __init__(self, config: VQConfig, gradient_checkpointing: bool = False, compiled: bool = False):
         super().__init__()
         self.config = config
         self.encoder = encoder(config)
@@ -215,6 +215,8 @@ class VQ(nn.Module):
                 layer.num_groups = norm_groups(layer.num_channels, config.group_channels)
             if isinstance(layer, ResidualBlock):
                 layer.gradient_checkpointing = gradient_checkpointing
+        if compiled:
+            self.compile_networks()
 
     @classmethod
     def from_taming(cls, path: str | Path) -> "VQ":
@@ -228,10 +230,17 @@ class VQ(nn.Module):
         vq.load_state_dict(taming.vq_weights(path, vq.state_dict()))
         return vq
 
+    def compile_networks(self):
+        """torch.compile all but the quantizer and the last layer, whose gradient alone λ needs (§A.1)."""
+        encoder, body, last = self.encoder[:], self.decoder[:-1], self.decoder[-1]  # the same layers
+        self.encoder.forward = torch.compile(lambda images: encoder(images), dynamic=False)
+        decode = torch.compile(lambda quantized: body(quantized), dynamic=False)
+        self.decoder.forward = lambda quantized: last(decode(quantized))
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, C, H, W) → reconstructions (B, C, H, W), codes (B, h, w) int64, quantization loss ()."""
         quantized, codes, loss = self.quantizer(self.latents(images))
-        return self.decoder(quantized), codes, loss
+        return self.decoder(quantized).float(), codes, loss
 
     def latents(self, images: Tensor) -> Tensor:
         """Encoder outputs, not yet quantized: images (B, C, H, W) → (B, D, h, w).
@@ -275,7 +284,9 @@ class Palette(nn.Module):
 
     def __init__(self, colours: Tensor):
         super().__init__()
-        self.register_buffer("colours", colours)
+        K, C = colours.shape
+        self.config = VQConfig(C, channel_multipliers="1", codebook_size=K, code_width=C)
+        self.colours = nn.Parameter(colours, requires_grad=False)
 
     @classmethod
     def fit(cls, pixels: Tensor, count: int) -> "Palette":

@@ -22,13 +22,15 @@ from PIL import Image
 
 import cache
 import data
+import run
 import train_gpt
 import train_vq
 from gpt import GPT, GPTConfig
-from helpers import ALONE, ROOT, assert_bit_equal, gpt_flags, shell
+from helpers import ALONE, ROOT, assert_bit_equal, gpt_flags, shell, tensors
 from orderings import ORDERINGS
 from outputs import load_checkpoint
 from stages import FirstStage, Prior
+from vq import VQ
 
 TINY = "--n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --device cpu".split()
 
@@ -100,7 +102,8 @@ def test_classes_that_changed_do_not_go_on(first_stage, tmp_path, monkeypatch, c
     for i in range(40):
         save("ac"[i % 2], i)
     flags = [*gpt_flags(tmp_path / "pictures", first_stage, tmp_path / "run"), "--condition", "class"]
-    assert load_checkpoint(train_gpt.main([*flags, "--steps", "1"]), "gpt")["trained_on"]["classes"] == ["a", "c"]
+    trained_on = load_checkpoint(train_gpt.main([*flags, "--steps", "1"]), "gpt")["trained_on"]
+    assert trained_on["classes"] == ["a", "c"]
     save("b", 1)
     status, _, errors = shell("train_gpt.py", [*flags, "--steps", "2", "--resume"], monkeypatch, capsys)
     assert status == 1 and "classes" in errors
@@ -284,6 +287,86 @@ def test_conditions_are_dropped_in_training_only_and_evaluation_gives_the_mode_b
     assert settings == [(20, 7, 0.9)] * 2  # 4 samples to each of 5 validation conditions
 
 
+def test_the_pixel_baseline_has_the_pixels_colours_for_codes(few_scenes, capsys):
+    path = train_gpt.main(["--pixels", "--order", "spiral", "--condition", "class", "--steps", "1", *TINY])
+    assert path.parent.name == "gpt-demo-scenes-spiral-class-pixels"
+    assert "first stage" not in capsys.readouterr().out
+    prior = Prior.load(path, torch.device("cpu"))
+    assert prior.layout.sizes == [(16, 16)] and prior.layout.codebook_size == 512
+    colours = prior.image.vq.colours
+    images = torch.from_numpy(data.Scenes("val", data.Preparation(16))[3, None]["image"])[None]
+    codes = prior.image.encode(images)
+    inputs = images / 127.5 - 1
+    distances = (inputs[:, None] - colours[:, :, None, None]).square().sum(2)  # (1, 512, 16, 16)
+    assert torch.allclose((prior.image.decode(codes) - inputs).square().sum(1), distances.amin(1), atol=1e-5)
+    assert distances.amin(1).sqrt().mean() < 0.05
+    with Image.open(path.parent / "step-000001.png") as grid:
+        assert len(grid.getcolors(10**6)) <= 513  # 512 colours and the gaps
+
+
+def test_the_weights_of_the_lowest_validation_loss_are_kept(few_scenes, capsys):
+    flags = ["--eval-every", "1", "--checkpoint-every", "9", *TINY]
+    path = train_gpt.main(["--steps", "7", "--lr", "0.1", "--warmup-steps", "6", *flags])  # too high a rate
+    values = [line["val"] for line in log_of(path)]
+    step = 1 + min(range(7), key=values.__getitem__)
+    assert 1 < step < 7 and f"after step {step}: " in capsys.readouterr().out
+    best, last = (load_checkpoint(path.with_name(name), "gpt") for name in ("best.pt", "checkpoint.pt"))
+    assert (best["step"], last["best"]) == (step, (values[step - 1], step)) and last["step"] == 7
+    stages = {"image": FirstStage.load("runs/vq-demo-scenes/checkpoint.pt")}
+    config = train_gpt.TrainConfig(**last["config"])
+    codes = cache.encode_pictures(config, stages, None, ALONE)[1]
+    for checkpoint, value in ((best, values[step - 1]), (last, values[6])):
+        assert train_gpt.evaluate(Prior.from_state(checkpoint), codes, config, ALONE)["val"] == value
+    train_gpt.main(["--steps", "8", "--lr", "9", "--warmup-steps", "6", "--resume", *flags])  # no lower one
+    assert load_checkpoint(path.with_name("best.pt"), "gpt")["step"] == step
+
+
+def test_compiled_networks_compute_the_same(few_scenes, monkeypatch):
+    """Losses and gradients, also that at the last layer alone (§A.1, λ), in which nothing else is computed."""
+    compile, compiled = torch.compile, []
+
+    def traced(network, **options):  # "aot_eager": without a C++ compiler, which a machine may lack
+        compiled.append(network)
+        return compile(network, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    config, images, results = train_vq.PRESETS["demo"].model(), torch.rand(2, 3, 16, 16), []
+    for compiled_too in (False, True):
+        torch.manual_seed(0)
+        vq = VQ(config, compiled=compiled_too)
+        reconstructions, _, loss = vq(images)
+        last = vq.decoder[-1].weight
+        alone, = torch.autograd.grad(reconstructions.mean(), last, retain_graph=True)
+        (reconstructions.mean() + loss).backward()
+        results.append([reconstructions, loss, alone, *(weight.grad for weight in vq.parameters())])
+    assert len(compiled) == 2 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
+    paths = [train_gpt.main(["--steps", "2", *TINY, "--out", out, *flags])
+             for out, flags in (("plain", []), ("compiled", ["--compile"]))]
+    assert len(compiled) == 3
+    plain, other = (tensors(load_checkpoint(path, "gpt")["model"]) for path in paths)
+    assert plain.keys() == other.keys()
+    assert all(torch.allclose(weight, other[name], atol=1e-4) for name, weight in plain.items())
+
+
+def test_a_benchmark_tells_what_the_run_will_cost_and_leaves_nothing(few_scenes, tmp_path, capsys):
+    clock = r"\S+ ms/step · \S+ (tokens|images)/s · \S+ of \S+ TFLOP/s \((\d+)% of this CPU's peak\) · \S+ GiB"
+    for script, flags in ((train_gpt, [*TINY, "--data", "folder", "--data-dir", "none", "--pixels"]),
+                          (train_gpt, [*TINY, "--condition", "depth", "--multiscale"]),
+                          (train_vq, ["--target", "segmentation"])):
+        assert script.main(["--benchmark", "--steps", "500", *flags]) is None
+        *_, speed, cost = capsys.readouterr().out.splitlines()
+        assert 0 < int(re.fullmatch(clock, speed)[2]) <= 100, speed
+        assert cost.startswith("500 steps of 4 pictures, 2,000 in all: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_operations_are_counted_forwards_and_backwards():
+    x, weight = torch.rand(7, 5), torch.rand(5, 3, requires_grad=True)
+    with run.CountOperations() as counted:
+        (x @ weight).sum().backward()  # one product forwards, one for the weight's gradient
+    assert counted.flops == 2 * (2 * 7 * 5 * 3)
+
+
 class Pixels:
     """Stands for a first stage whose codes are the pixels themselves, of a picture the red ones."""
 
@@ -353,6 +436,7 @@ def test_no_mistake_ends_in_a_traceback(pictures, first_stage, second_stage, tmp
             (["--condition-dropout", "1"], 2, "condition_dropout is 1.0; it must lie in [0, 1)"),
             (["--data-dir", "mine"], 2, "--data-dir has no effect here: the scenes are drawn"),
             (["--condition", "class", "--condition-vq", "x.pt"], 2, "--condition-vq has no effect here"),
+            (["--pixels", "--multiscale"], 2, "pixels have neither a first stage (--vq) nor coarser scales"),
             (["--condition-dropout", "0.1"], 2, "--condition-dropout has no effect here: there is"),
             (["--data", "folder", "--data-dir", "mine"], 1,
              f"was trained on {pictures}, not on mine: name it with --vq"),

@@ -312,7 +312,7 @@ def test_palette_gives_each_pixel_the_nearest_colour():
     copy = Palette(torch.zeros(4, 3))
     copy.load_state_dict(palette.state_dict())
     assert torch.equal(copy.encode(pictures), codes)
-    assert not list(palette.parameters())
+    assert not palette.colours.requires_grad
 
 
 def test_palette_is_fitted_by_kmeans_to_at_most_250_000_random_pixels(monkeypatch):
@@ -320,7 +320,7 @@ def test_palette_is_fitted_by_kmeans_to_at_most_250_000_random_pixels(monkeypatc
     fitted = Palette.fit(colours.repeat(100, 1), 3).colours
     assert sorted(fitted.tolist()) == sorted(colours.tolist())
     given = []
-    monkeypatch.setattr(vq_file, "kmeans", lambda vectors, count: given.append((vectors, count)))
+    monkeypatch.setattr(vq_file, "kmeans", lambda x, count: given.append((x, count)) or x[:count])
     for pixels in (250_007, 90):
         Palette.fit(torch.arange(pixels)[:, None].float(), 5)
     assert [(vectors.unique().numel(), count) for vectors, count in given] == [(250_000, 5), (90, 5)]
