@@ -155,9 +155,9 @@ def main(argv: list[str] | None = None):
     print(f"{done} samples in {out}")
     if config.animate:
         frames = fill_animation(prior, first[:16])
-        duration = [3000 // len(frames)] * (len(frames) - 1) + [1500]  # ms: three seconds, then a pause
+        times = [3000 // len(frames)] * (len(frames) - 1) + [1500]  # ms: three seconds, then a pause
         save_picture(frames[0], Path(config.animate), save_all=True, append_images=frames[1:], loop=0,
-                     duration=duration)
+                     duration=times)
         print(f"the same being filled code by code in {config.animate}")
 
 

@@ -2,6 +2,8 @@
 
 Oracles: `Prior.sample` with the same conditions and random numbers, the drawn scenes, and the order itself.
 """
+import itertools
+import time
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,14 @@ def test_one_checkpoint_becomes_a_grid_or_numbered_files(draw):
         assert np.array_equal(pixels(f"files/{i:06d}.png"), picture)
     with pytest.raises(run.UsageError, match="files is not empty"):
         draw(prior, f"{flags} files")
+
+
+def test_drawing_that_takes_long_says_how_much_is_left(draw, monkeypatch, capsys):
+    clock = itertools.count(0, 4)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    draw(build(), "--count 6 --batch-size 2 --animate a.gif")
+    out = capsys.readouterr().out.splitlines()
+    assert out[:2] == ["4 of 6 samples · eta 0m04s", "6 of 6 samples · eta 0m00s"]
 
 
 def test_temperature_top_k_and_top_p_reach_the_draws(draw):
