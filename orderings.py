@@ -25,12 +25,16 @@ def cells(height: int, width: int) -> Tensor:
     return torch.arange(height * width).view(height, width)
 
 
-def square_of_a_power_of_two(name: str, height: int, width: int) -> Tensor:
-    """`cells` for the two orders that are defined by halving a square again and again; else ValueError."""
+def by_quarters(name: str, height: int, width: int, quarters: Callable[[Tensor], list[Tensor]]) -> Tensor:
+    """One quarter after the other, each again by quarters: (height*width,). ValueError if that does not end."""
     if height != width or height < 1 or height & (height - 1):
         raise ValueError(f"the order {name} needs a square grid whose side is a power of two, not "
                          f"{height}×{width}; row, spiral and alternate take any size")
-    return cells(height, width)
+
+    def visit(square: Tensor) -> Tensor:
+        return torch.cat(list(map(visit, quarters(square)))) if len(square) > 1 else square.flatten()
+
+    return visit(cells(height, width))
 
 
 def row(height: int, width: int) -> Tensor:
@@ -83,14 +87,8 @@ def zcurve(height: int, width: int) -> Tensor:
      8  9 12 13
     10 11 14 15
     """
-    def visit(square: Tensor) -> Tensor:
-        if square.numel() == 1:
-            return square.flatten()
-        n = len(square) // 2
-        return torch.cat([visit(square[:n, :n]), visit(square[:n, n:]),
-                          visit(square[n:, :n]), visit(square[n:, n:])])
-
-    return visit(square_of_a_power_of_two("zcurve", height, width))
+    return by_quarters("zcurve", height, width,
+                       lambda square: [part for half in square.chunk(2, 0) for part in half.chunk(2, 1)])
 
 
 def subsample(height: int, width: int) -> Tensor:
@@ -105,12 +103,8 @@ def subsample(height: int, width: int) -> Tensor:
      2  6  3  7
     10 14 11 15
     """
-    def visit(square: Tensor) -> Tensor:
-        if square.numel() == 1:
-            return square.flatten()
-        return torch.cat([visit(square[y::2, x::2]) for y in (0, 1) for x in (0, 1)])
-
-    return visit(square_of_a_power_of_two("subsample", height, width))
+    return by_quarters("subsample", height, width,
+                       lambda square: [square[y::2, x::2] for y in (0, 1) for x in (0, 1)])
 
 
 def alternate(height: int, width: int) -> Tensor:
@@ -227,11 +221,8 @@ class TokenLayout:
     @property
     def permutation(self) -> Tensor:
         """Which cell is visited at each step, (T,) int64, counting through the cells of all grids."""
-        parts, first = [], 0
-        for size, length in zip(self.sizes, self.lengths):
-            parts.append(first + permutation(self.order, *size))
-            first += length
-        return torch.cat(parts)
+        grids = torch.arange(sum(self.lengths)).split(self.lengths)  # each cell's number, (h·w,) each
+        return self.image_tokens([grid.view(1, *size) for grid, size in zip(grids, self.sizes)])[0]
 
     def prefix(self, condition: Tensor | None, batch: int) -> Tensor:
         """What comes before the image: (B, P) int64.
