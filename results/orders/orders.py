@@ -27,8 +27,8 @@ COLOURS = {"row": "#000000", "spiral": "#d62728", "zcurve": "#2ca02c", "subsampl
 GPT = "--n-layer 4 --n-head 4 --n-embd 160 --dropout 0 --batch-size 16 --lr 2e-3 --warmup-steps 100".split()
 FLAGS = {  # of train_vq.py, of train_gpt.py
     "scenes": (["--preset", "demo"], ["--preset", "demo", "--eval-every", "230"]),
-    "cifar10": ("--preset cifar10 --base-channels 32 --channel-multipliers 1,2,2 --codebook-size 512 --batch-size 16 "
-                "--steps 4000 --lr 1e-3 --eval-every 2000".split(),
+    "cifar10": ("--preset cifar10 --base-channels 32 --channel-multipliers 1,2,2 --residual-blocks 1 --code-width 64 "
+                "--codebook-size 512 --batch-size 16 --steps 2000 --lr 1e-3 --eval-every 1000".split(),
                 ["--preset", "cifar10", *GPT, *"--views 1 --steps 3000 --eval-every 300".split()])}
 
 
