@@ -18,7 +18,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
-from PIL import Image, ImageColor, ImageDraw, ImageOps
+from PIL import Image, ImageOps
+
+from scenes import draw_keypoints
 
 Record = dict[str, Path | ndarray | int]
 Listing = tuple[list[Record], tuple[str, ...]]  # the records of a split, and the names of the classes
@@ -45,6 +47,10 @@ RESTRICTED = {"dog": (151, 268), "cat": (281, 285), "frog": (30, 32), "turtle": 
 # DeepFashion's landmarks of upper-body (1), lower-body (2) and full-body (3) clothes, as indices into the
 # eight of the last: left and right collar, sleeve, waistline, hem.
 LANDMARKS = {"1": (0, 1, 2, 3, 6, 7), "2": (4, 5, 6, 7), "3": (0, 1, 2, 3, 4, 5, 6, 7)}
+
+
+class UnreadableError(ValueError):
+    """A file that is damaged, or no picture or array at all: in training another one can stand in for it."""
 
 
 def show(name: Path | str | Exception) -> str:
@@ -246,15 +252,15 @@ def files_digest(directory: Path, records: list[Record], times: bool) -> str:
 
 
 def open_image(path: Path, size: int = 0) -> Image.Image:
-    """A picture file, upright; ValueError if it is none. `size` skips JPEG detail that a resize loses."""
+    """A picture file, upright, or UnreadableError. `size` skips JPEG detail that a resize loses."""
     try:
         with Image.open(path) as file:
             if size:
                 file.draft("RGB", (2 * size, 2 * size))
             return ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{show(path)} cannot be read as a picture ({show(error)}): "
-                         "remove or replace it") from None
+    except Exception as error:  # damaged bytes can raise anything
+        raise UnreadableError(f"{show(path)} cannot be read as a picture ({show(error)}): "
+                              "remove or replace it") from None
 
 
 def open_rgb(path: Path, size: int) -> Image.Image:
@@ -302,7 +308,7 @@ def open_depth(path: Path) -> Image.Image:
 
 
 def open_array(path: Path) -> ndarray:
-    """The numbers in a .npy file. Raises ValueError for anything else."""
+    """The numbers in a .npy file. Raises UnreadableError for anything else."""
     try:
         with path.open("rb") as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
@@ -310,8 +316,8 @@ def open_array(path: Path) -> ndarray:
             raise ValueError(f"of {array.dtype}, not of numbers")
         return array
     except Exception as error:  # damaged bytes can raise anything
-        raise ValueError(f"{show(path)} cannot be read as an array ({show(error)}): "
-                         "remove or replace it") from None
+        raise UnreadableError(f"{show(path)} cannot be read as an array ({show(error)}): "
+                              "remove or replace it") from None
 
 
 def open_pose(pose: Path | ndarray, image: Path | None, size: int) -> Image.Image:
@@ -334,17 +340,3 @@ def open_pose(pose: Path | ndarray, image: Path | None, size: int) -> Image.Imag
                          f"of a picture of {size}×{size}: scale them to that")
     # Drawn at four times the size, so that the resize smooths the edges.
     return draw_keypoints(points * np.array([4, 4, 1])[:points.shape[1]], (4 * size, 4 * size))
-
-
-def draw_keypoints(points: ndarray, size: tuple[int, int], limbs: tuple = ()) -> Image.Image:
-    """Key points (J, 2 or 3) as discs of J hues on black; `limbs` join two in the second's hue; §4 (iii)."""
-    known = np.isfinite(points).all(1) & (points[:, 2:] > 0).all(1)  # (J,)
-    hues = [ImageColor.getrgb(f"hsv({360 * j / len(points):.0f},100%,100%)") for j in range(len(points))]
-    picture = Image.new("RGB", size)
-    draw, radius = ImageDraw.Draw(picture), min(size) / 24  # 1.3 pixels at 32×32: thinner ones get lost
-    for a, b in limbs:
-        if known[a] and known[b]:
-            draw.line([tuple(points[a, :2]), tuple(points[b, :2])], fill=hues[b], width=round(1.5 * radius))
-    for j in np.flatnonzero(known):
-        draw.circle(tuple(points[j, :2]), radius, fill=hues[j])
-    return picture

@@ -27,14 +27,31 @@ except ImportError:  # Windows: there the folder is not locked
     fcntl = None
 
 
+@contextlib.contextmanager
+def writing(path: Path, advice: str) -> Iterator[None]:
+    """An OSError within, as of a full disk, becomes a sentence with path and advice."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error.strerror or error}): {advice}") from None
+
+
+def announce(text: str):
+    """Print a line that all processes of a run have to tell, once."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
 def claim(folder: Path, first_step: int) -> TextIO:
     """Lock a run's folder until the returned file is closed, and clean it up to go on after `first_step`.
 
     Temporary files of a killed run are removed, and lines of log.jsonl that are torn or of later steps.
-    Raises ValueError if another process holds the folder.
+    Raises ValueError if another process holds the folder, OSError if it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("w")
+    advice = "make room, or name another --out"
+    with writing(folder, advice):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("w")
     if fcntl:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,8 +63,9 @@ def claim(folder: Path, first_step: int) -> TextIO:
     log = folder / "log.jsonl"
     lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() and first_step else []
     part = log.with_suffix(".part")
-    part.write_text("".join(line for line in lines if step_of(line) <= first_step))
-    part.replace(log)
+    with writing(log, advice):
+        part.write_text("".join(line for line in lines if step_of(line) <= first_step))
+        part.replace(log)
     return file
 
 
@@ -121,8 +139,8 @@ def describe_data(config: Any, dataset, checkpoint: dict | None) -> dict:
         if known["data_dir"] != before["data_dir"]:
             raise ValueError(f"{config.data_dir} holds other pictures than {before['data_dir']}, on which "
                              "this run was trained; name the folder to which those were moved")
-        print(f"pictures were added to {config.data_dir} or removed: training goes on with those that are "
-              "there now, in an order drawn anew", flush=True)
+        announce(f"pictures were added to {config.data_dir} or removed: training goes on with those that are "
+                 "there now, in an order drawn anew")
     return known
 
 
@@ -178,13 +196,13 @@ def picture_grid(images: Tensor, columns: int, side: int = 96) -> Image.Image:
 
 def save_picture(picture: Image.Image, path: Path, **options):
     """Write a picture through a temporary file, so that none is ever seen half written. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        picture.save(part, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"), **options)
-        part.replace(path)
-    except OSError as error:
-        raise OSError(f"{path} could not be written ({error.strerror or error}): make room") from None
+        with writing(path, "make room"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            suffix = path.suffix.lower()
+            picture.save(part, format=Image.registered_extensions().get(suffix, "PNG"), **options)
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -239,12 +257,9 @@ class Log:
             speed = f"{seconds * 1e3:.0f} ms/step · {si(rate)} {self.unit}/s · {peak:.1f} GiB"
             print(f"step {step}/{self.steps} · {text} · {speed} · eta {duration(left)}", flush=True)
             numbers = {"step": step} | values | {"ms_per_step": seconds * 1e3, f"{self.unit}_per_s": rate}
-            try:
-                with self.path.open("a") as file:
-                    file.write(json.dumps(numbers) + "\n")
-            except OSError as error:
-                raise OSError(f"{self.path} could not be written ({error.strerror}): make room and go on from"
-                              " the last checkpoint with --resume") from None
+            advice = "make room and go on from the last checkpoint with --resume"
+            with writing(self.path, advice), self.path.open("a") as file:
+                file.write(json.dumps(numbers) + "\n")
 
 
 def si(number: float) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from outputs import load_checkpoint
+from outputs import announce, load_checkpoint
 
 
 class UsageError(ValueError):
@@ -51,7 +52,7 @@ def configure(presets: dict[str, Any], argv: list[str] | None) -> tuple[Any, dic
                 raise UsageError(f"{name} is {getattr(config, name)!r} but the run in {config.folder} has "
                                  f"{value!r}; leave {flag(name)} out to go on, or name another --out")
     elif path and config.resume:
-        print(f"{path} does not exist yet: starting at step 0", flush=True)
+        announce(f"{path} does not exist yet: starting at step 0")
     for useless, names, reason in config.without_effect():
         for name in set(names.split()) & set(flags) if useless else ():
             raise UsageError(f"{flag(name)} has no effect here: {reason}")
@@ -249,6 +250,20 @@ def deferred_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
+
+
+def ignore_signals(worker: int):
+    """Signals reach the whole process group: the run decides when to stop, its workers go on until then."""
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def kill_workers():
+    """At exit multiprocessing sends a SIGTERM to workers that are left, and would wait for them forever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports them as crashed
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def command_line(main: Callable[[], None]):

@@ -34,7 +34,7 @@ import run
 from files import list_files
 from gpt import GPT, GPTConfig
 from orderings import TokenLayout
-from outputs import duration, picture_grid, save_picture, si, to_pixels
+from outputs import duration, picture_grid, save_picture, si, to_pixels, writing
 from stages import FirstStage, Prior, Sampling
 from vq import VQ, VQConfig
 
@@ -281,7 +281,8 @@ def save_condition(prior: Prior, row: Row, folder: Path, number: int):
         return
     value = row.record[0].cpu().numpy()
     if prior.condition == "class":
-        with (folder / "classes.txt").open("a") as file:
+        names = folder / "classes.txt"
+        with writing(names, "make room"), names.open("a") as file:
             file.write(f"{number:06d} {prior.classes[value]}\n")
         return
     if prior.condition == "depth":

@@ -165,6 +165,7 @@ def main(argv: list[str] | None = None) -> Path:
                                 for split in ("train", "val"))
         perceptual = (PerceptualLoss(config.perceptual_weights, config.perceptual).to(device)
                       if config.perceives else None)
+    data.check_files(validation, rank, world, data.worker_count(config.workers, config.data))
     trained_on = describe_data(config, training, checkpoint)
     model_config = (VQConfig(**checkpoint["model_config"]) if checkpoint
                     else config.model(input_channels(config, training, validation)))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cache import CodeCache
 from helpers import ALONE
+from picture_files import opened, save
 
 
 class Numbers:
@@ -114,3 +115,15 @@ def test_a_full_disk_is_noticed_before_anything_is_encoded(tmp_path, monkeypatch
     with pytest.raises(OSError, match=r"\(No space left on device\): make room, or name .* --codes-dir"):
         cache(tmp_path, Numbers(5), encoder)
     assert encoder.pictures == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_unreadable_training_pictures_are_named_and_replaced_and_in_validation_end_the_run(tmp_path, capsys):
+    for split in ("train", "val"):
+        for i in range(6):
+            save(tmp_path / split / f"{i}.png", (i, 0, 0))
+        (tmp_path / split / "2.png").write_bytes(b"no picture")
+    codes = cache(tmp_path / "codes", opened(tmp_path, split="train"), Encoder(), views=3)
+    assert codes[:, 0, 0].tolist() == [0, 250, 750, 750, 1000, 1250] * 3
+    assert capsys.readouterr().out.count("skipped in training, 1 of 6 so far: ") == 1
+    with pytest.raises(ValueError, match="val/2.png cannot be read as a picture"):
+        cache(tmp_path / "codes", opened(tmp_path), Encoder(), split="val")

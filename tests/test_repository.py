@@ -13,8 +13,8 @@ import run
 from helpers import ROOT, SCRIPTS
 
 CODE = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("kernels/*.py"))
-LAYERS = ("kernels taming losses scenes files outputs", "codebook", "vq gpt orderings run data", "stages",
-          "cache", "train_vq train_gpt sample")
+LAYERS = ("kernels taming losses scenes outputs", "codebook files run", "vq gpt orderings cifar10", "data",
+          "stages", "cache", "train_vq train_gpt sample")
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules.split()}
 OUTSIDE = {"torch", "numpy", "PIL", "triton"} | set(sys.stdlib_module_names)
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -386,6 +387,22 @@ def test_a_diverged_run_spares_the_checkpoint_and_ends_in_a_sentence(full, tmp_p
         status, _, errors = shell("train_vq.py", [*full, *more], monkeypatch, capsys)
         assert status == 1 and re.fullmatch(r"train_vq.py: the \w+ loss became nan: .* lower --lr\n", errors)
         assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_an_unreadable_picture_is_skipped_in_training_and_in_validation_found_before_the_first_step(
+        pictures, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    for split, number in (("train", 3), ("val", 1)):
+        path = folder / split / f"{number}.png"
+        path.write_bytes(path.read_bytes()[:50])  # of about 82
+        flags = [*vq_flags(folder, tmp_path / "run"), *"--steps 8 --eval-every 8".split()]
+        status, out, errors = shell("train_vq.py", [*flags, *["--resume"] * (split == "val")], monkeypatch, capsys)
+        if split == "train":
+            assert (status, errors) == (0, "") and "step 8/8" in out
+            assert out.count("skipped in training, 1 of 16 so far: ") == 1 and str(path) in out
+    assert status == 1 and re.fullmatch(rf"train_vq.py: {path} cannot be read as a picture .*\n", errors)
+    assert "first stage" not in out and len(log_of(tmp_path / "run" / "checkpoint.pt")) == 8
 
 
 def test_mistakes_end_in_a_sentence_and_leave_nothing(plain, lpips, tmp_path, monkeypatch, capsys):
