@@ -16,7 +16,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,8 @@ from torch.utils.data import DataLoader, default_collate
 import cifar10
 import run
 import scenes
-from files import (ADE20K_SEGMENTS, FIELDS, LAYOUTS, NO_LABEL, READER_VERSION, RESAMPLING, VALIDATION_SHARE,
-                   Record, UnreadableError, files_digest, open_depth, open_labels, open_pose,
-                   open_rgb, show)
+from files import (ADE20K_SEGMENTS, FIELDS, LAYOUTS, NO_LABEL, READER_VERSION, VALIDATION_SHARE, Preparation,
+                   Record, UnreadableError, open_field, show)
 from scenes import draw_keypoints
 
 OFFERED = {"scenes": (*FIELDS, "class"), "cifar10": ("image", "class"), "folder": (*FIELDS, "class"),
@@ -39,20 +38,12 @@ OFFERED = {"scenes": (*FIELDS, "class"), "cifar10": ("image", "class"), "folder"
            "ade20k": ("image", "segmentation"), "deepfashion": ("image", "pose")}
 DATASETS = tuple(OFFERED)
 SCENES = {"train": 16_000, "val": 1000}  # pictures in each split; any number could be drawn
+# A label is never a mixture of two, and depth stays in [−1, 1], which bicubic would leave.
+RESAMPLING = {"image": Image.Resampling.BICUBIC, "segmentation": Image.Resampling.NEAREST,
+              "depth": Image.Resampling.BILINEAR, "pose": Image.Resampling.BILINEAR}
 
 # Seed and epoch of an augmentation; None: center crop, not mirrored.
 Key = tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How pictures become arrays: what a first stage was trained on, and needs again."""
-    size: int  # S, pixels along each side
-    fields: tuple[str, ...] = ("image",)  # of "image", "segmentation", "depth", "pose", "class"
-    flip: bool = False  # mirror half of the training pictures
-    upscale: bool = False  # enlarge pictures smaller than S instead of refusing them
-    void_label: int = NO_LABEL  # in the masks: pixels that have no label, as those of 255 always
-    segments: int = 0  # labels of the masks; ValueError for one that has more; 0: not checked
 
 
 class Scenes:
@@ -189,14 +180,16 @@ class Files:
         return files_digest(self.directory, self.records, times=False)
 
 
-def open_field(field: str, record: Record, preparation: Preparation) -> Image.Image:
-    if field == "image":
-        return open_rgb(record["image"], preparation.size)
-    if field == "segmentation":
-        return open_labels(record["segmentation"], preparation.void_label, preparation.segments)
-    if field == "depth":
-        return open_depth(record["depth"])
-    return open_pose(record["pose"], record.get("image"), preparation.size)
+def files_digest(directory: Path, records: list[Record], times: bool) -> str:
+    """SHA-256 of the files' names below a folder and their sizes; `times`: and when they were modified."""
+    digest = hashlib.sha256()
+    for value in (value for record in records for value in record.values()):
+        if isinstance(value, Path):
+            status = value.stat()
+            name = os.fsencode(value).removeprefix(os.fsencode(directory)).lstrip(b"/")
+            value = (name, status.st_size, status.st_mtime_ns if times else 0)
+        digest.update(repr(value.tolist() if isinstance(value, ndarray) else value).encode())
+    return digest.hexdigest()
 
 
 def prepare(record: Record, preparation: Preparation, random: np.random.Generator | None,
@@ -282,6 +275,15 @@ def training_order(count: int, batch_size: int, seed: int, start: int = 0, rank:
         yield batch[rank::world]
 
 
+def name_batch(dataset, batch_size: int, seed: int, step: int) -> str:
+    """Which pictures a training step was made of: their files, or their numbers if they have none."""
+    index = [i for i, _ in next(training_order(len(dataset), batch_size, seed, step - 1))]
+    if not isinstance(dataset, Files):
+        return f"the pictures number {', '.join(map(str, index))}"
+    files = [next(iter(dataset.records[i].values())).relative_to(dataset.directory) for i in index]
+    return ", ".join(map(show, files))
+
+
 def fixed_order(count: int, batch_size: int, key: Key = None, rank: int = 0,
                 world: int = 1) -> list[list[tuple[int, Key]]]:
     """Each picture once, in order, in batches of up to `batch_size`: for validation and the code cache."""
@@ -306,8 +308,7 @@ def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device,
 
 def collate(items: list[dict]) -> tuple[dict[str, Tensor], dict[int, str]]:
     """A batch of items, and apart from it which files of theirs are unreadable."""
-    unreadable = {index: sentence for item in items
-                  for index, sentence in item.pop("unreadable", {}).items()}
+    unreadable = {i: text for item in items for i, text in item.pop("unreadable", {}).items()}
     return default_collate(items), unreadable
 
 
@@ -315,7 +316,7 @@ def check_files(dataset, rank: int, world: int, workers: int):
     """Read a validation set of files once, before a run begins rather than at its first evaluation.
 
     Raises ValueError for the first file that is unreadable, too small or has wrong labels. It costs what
-    loading costs in one evaluation: a minute for ImageNet's 50,000 with 8 workers; see results/speed.
+    loading costs in one evaluation: see results/speed.
     """
     if isinstance(dataset, Files):
         order = fixed_order(len(dataset), 64, None, rank, world)

@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -80,11 +80,16 @@ def step_of(line: str) -> float:
 def save_checkpoint(config: Any, process: Any, step: int, parts: dict):
     """Write checkpoint.pt, from the first process: `parts` and what every run has, plain values and tensors.
 
-    A crash or a full disk leaves the file before it intact. Raises OSError.
+    A crash or a full disk leaves the file before it intact. Raises OSError, or ValueError if the weights,
+    parts["model"], are not finite: then the loss still was, and the next one would not be.
     """
+    path = config.folder / "checkpoint.pt"
+    if not all(weight.isfinite().all() for weight in parts.get("model", {}).values()):
+        advice = f"go on from the former {path} with --resume and" if path.exists() else "start again with"
+        raise ValueError(f"the weights of step {step} are not finite and were not saved: {advice} a "
+                         "lower --lr")
     if process.rank > 0:
         return
-    path = config.folder / "checkpoint.pt"
     part = path.with_suffix(f".{os.getpid()}.part")
     provenance = {"command": " ".join(sys.argv), "torch": str(torch.__version__),
                   "python": platform.python_version(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -144,13 +149,6 @@ def describe_data(config: Any, dataset, checkpoint: dict | None) -> dict:
     return known
 
 
-def check_finite(losses: dict[str, float]):
-    """Raises ValueError, before anything is drawn or saved, if a run has diverged."""
-    for name, value in losses.items():
-        if not math.isfinite(value):
-            raise ValueError(f"the {name} loss became {value}: go on with --resume and a lower --lr")
-
-
 def memory(device: torch.device) -> float:
     """Peak memory in GiB: torch's on a GPU, the process's on a CPU (nan where the system does not tell)."""
     if device.type == "cuda":
@@ -208,29 +206,50 @@ def save_picture(picture: Image.Image, path: Path, **options):
 
 
 class Log:
-    """Status lines on screen and in log.jsonl. Holds the lock on the run's folder."""
+    """Status lines on screen and in log.jsonl. Holds the lock on the run's folder.
 
-    def __init__(self, config: Any, process: Any, first_step: int, unit: str, units_per_step: int):
+    `name_batch` tells which pictures a step was made of.
+    """
+
+    def __init__(self, config: Any, process: Any, first_step: int, unit: str, units_per_step: int,
+                 name_batch: Callable[[int], str] | None = None):
         self.path, self.process, self.steps = config.folder / "log.jsonl", process, config.steps
-        self.unit, self.units_per_step, self.sums, self.counts = unit, units_per_step, {}, {}
+        self.unit, self.units_per_step, self.checkpoint_every = unit, units_per_step, config.checkpoint_every
         self.began = self.last = time.perf_counter()
-        self.first_step = self.last_step = first_step
+        self.first_step = self.last_step = self.step = first_step
+        self.name_batch, self.added = name_batch, {}
         if process.rank == 0:
             self.lock = claim(config.folder, first_step)
 
     def add(self, values: dict[str, Tensor]):
-        """Collect values of this step for the mean on the next line; reads nothing back from the GPU."""
+        """Collect values of the next step for the mean on the next line; reads nothing back from the GPU."""
+        self.step += 1
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-            self.counts[name] = self.counts.get(name, 0) + 1
+            self.added.setdefault(name, []).append((self.step, value.detach()))
 
     def means(self) -> dict[str, float]:
         """Means of what was added since the last call, over all processes. ValueError if not finite."""
-        means = {name: float(self.process.total(value)) / self.counts[name] / self.process.world
-                 for name, value in self.sums.items()}
-        self.sums, self.counts = {}, {}
-        check_finite(means)
+        means, wrong = {}, []
+        for name, added in self.added.items():
+            steps, values = zip(*added)
+            values = self.process.total(torch.stack(values)) / self.process.world  # (steps,)
+            means[name] = values.mean().item()
+            wrong += [(step, name, value) for step, value in zip(steps, values.tolist())
+                      if not math.isfinite(value)]
+        self.added = {}
+        for step, name, value in sorted(wrong):  # the first step, for all after it are as bad
+            self.check(step, {name: value}, f" with {self.name_batch(step)}" if self.name_batch else "")
         return means
+
+    def check(self, step: int, losses: dict, batch: str = ""):
+        """Raises ValueError, before anything is drawn or saved, if a run has diverged in this step."""
+        saved = max(self.first_step, (step - 1) // self.checkpoint_every * self.checkpoint_every)
+        advice = (f"go on from {self.path.with_name('checkpoint.pt')} of step {saved} with --resume and"
+                  if saved else "there is no checkpoint yet, start again with")
+        for name, value in losses.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"the {name} loss became {value} in step {step}{batch}: {advice} a lower "
+                                 "--lr")
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:

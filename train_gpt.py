@@ -26,7 +26,7 @@ from cache import encode_pictures
 from codebook import entropy
 from gpt import GPT, GPTConfig
 from orderings import ORDERINGS, TokenLayout
-from outputs import Log, check_finite, picture_grid, save_checkpoint, save_picture, set_random_state
+from outputs import Log, picture_grid, save_checkpoint, save_picture, set_random_state
 from stages import FirstStage, Prior, Sampling, Stages, stages_from_state
 
 CONDITIONS = ("none", "class", "segmentation", "depth", "pose")
@@ -180,6 +180,7 @@ def main(argv: list[str] | None = None) -> Path:
         if due.evaluate:
             with log.untimed():
                 scores = evaluate(prior, validation, config, process)
+                log.check(step, scores)
                 samples_path = config.folder / f"step-{step:06d}.png"
                 if rank == 0:
                     draw_samples(prior, validation, config, samples_path)
@@ -258,10 +259,7 @@ def describe(config: TrainConfig, prior: Prior, training: dict, validation: dict
 
 @torch.no_grad()
 def evaluate(prior: Prior, codes: dict[str, np.ndarray], config: TrainConfig, process: run.Process) -> dict:
-    """Nats per token over all validation pictures: the mean, by scale, by cell, and without the condition.
-
-    Raises ValueError if the model has diverged.
-    """
+    """Nats per token over all validation pictures: the mean, by scale, by cell, and without the condition."""
     layout, count = prior.layout, len(codes["image"])
     dropouts = (0.0, 1.0) if config.condition_dropout else (0.0,)
     nats = torch.zeros(len(dropouts), sum(layout.lengths), device=process.device).double()  # (1 or 2, T)
@@ -274,7 +272,6 @@ def evaluate(prior: Prior, codes: dict[str, np.ndarray], config: TrainConfig, pr
     prior.gpt.train()
     nats = process.total(nats) / count
     scores = {"val": nats[0].mean().item(), "nats_per_picture": nats[0].sum().item()}
-    check_finite(scores)
     if config.condition_dropout:
         scores["val_null"] = nats[1].mean().item()
     grids = [grid[0] for grid in layout.grids(nats[:1])]  # (h, w) each

@@ -24,8 +24,7 @@ import run
 from codebook import codebook_use, initialize_codebook, restart_dead_codes
 from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, image_loss, mask_loss,
                     score_images, score_masks)
-from outputs import (Log, check_finite, describe_data, picture_grid, save_checkpoint, save_picture,
-                     set_random_state)
+from outputs import Log, describe_data, picture_grid, save_checkpoint, save_picture, set_random_state
 from vq import VQ, VQConfig
 
 
@@ -200,7 +199,8 @@ def main(argv: list[str] | None = None) -> Path:
               flush=True)
     order = data.training_order(len(training), config.batch_size, config.seed, first_step, rank, world)
     batches = load_inputs(training, order, config, channels, device)
-    log = Log(config, process, first_step, "images", config.batch_size)
+    log = Log(config, process, first_step, "images", config.batch_size,
+              lambda step: data.name_batch(training, config.batch_size, config.seed, step))
     scores, picture_path = {}, None
     for step, due in run.steps(config, process, first_step):
         lr = run.set_learning_rate(optimizer, config, step)
@@ -231,6 +231,7 @@ def main(argv: list[str] | None = None) -> Path:
         if due.evaluate:
             with log.untimed():
                 scores, counts = evaluate(vq, perceptual, validation, config, process)
+                log.check(step, scores)
                 picture_path = config.folder / f"step-{step:06d}.png"
                 if rank == 0:
                     draw(vq, validation, counts, config, picture_path)
@@ -316,7 +317,6 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
     names = (("val_cross_entropy", "val_accuracy") if config.one_hot
              else ("val_l1", "val_lpips") if perceptual else ("val_l1",))
     scores = {name: total / count for name, total in zip(names, totals) if count}  # masks without any label
-    check_finite(scores)
     return scores | {"codes_used": used, "perplexity": perplexity}, counts
 
 
