@@ -5,6 +5,7 @@ A config is a frozen dataclass of int, float, str and bool fields; trailing comm
 import argparse
 import contextlib
 import dataclasses
+import errno
 import inspect
 import math
 import multiprocessing
@@ -278,13 +279,35 @@ def command_line(main: Callable[[], None]):
     except (ValueError, OSError) as error:
         # An error in a worker process arrives with that process's traceback in front of the sentence.
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        status, message = 1, re.sub(r"^\w+Error: ", "", lines[-1])
+        status, message = 1, re.sub(r"^[\w.]+Error: ", "", lines[-1])
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of the screen's file, or a library's
+            message = f"{error.filename or 'the output'} could not be written ({error.strerror}): make room"
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate" not in str(error):
+        if is_lost(error):
+            status, message = 1, ("another process of this run has ended or cannot be reached "
+                                  f"({str(error).splitlines()[0]}): see its message, and go on with --resume")
+        elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate" in str(error):
+            status, message = 1, "there is too little memory for this run; --help lists what saves memory"
+        else:
             raise
-        status, message = 1, "there is too little memory for this run; --help lists what saves memory"
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if torch.distributed.is_initialized():
+        end_at_once(status)
     sys.exit(status)
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether another process of the run cannot be reached any more; gloo's errors have no type of their own."""
+    lost = torch.distributed.is_initialized() and re.search("(?i)gloo|peer", str(error))
+    return isinstance(error, torch.distributed.DistError) or bool(lost)
+
+
+def end_at_once(status: int):
+    """End one process of several: threads that gloo leaves behind can abort a process that ends as usual."""
+    if status == 0:
+        torch.distributed.destroy_process_group()  # after an error it could wait for the others
+    kill_workers()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -107,7 +107,7 @@ class Pictures:
         self.digest = lambda: digest
 
 
-def test_a_data_set_is_known_again_by_its_pictures_not_by_its_place(capsys):
+def test_a_data_set_is_known_again_by_its_pictures_not_by_its_place(capsys, monkeypatch):
     def describe(data_dir: str, digest: str, checkpoint: dict | None) -> dict:
         config = dataclasses.replace(DEMO, data="folder", data_dir=data_dir)
         return describe_data(config, Pictures(digest), checkpoint)
@@ -120,6 +120,9 @@ def test_a_data_set_is_known_again_by_its_pictures_not_by_its_place(capsys):
     assert capsys.readouterr().out == ""
     assert describe("here", "more", checkpoint) == known | {"digest": "more"}
     assert "pictures were added to here or removed: training goes on with" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    describe("here", "more", checkpoint)
+    assert capsys.readouterr().out == ""  # the first of several processes says it
     with pytest.raises(ValueError, match="elsewhere holds other pictures than here, on which this run was"):
         describe("elsewhere", "more", checkpoint)
 
