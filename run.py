@@ -298,7 +298,7 @@ def command_line(main: Callable[[], None]):
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Whether another process of the run cannot be reached any more; gloo's errors have no type of their own."""
+    """Whether another process of the run cannot be reached; gloo's errors have no type of their own."""
     lost = torch.distributed.is_initialized() and re.search("(?i)gloo|peer", str(error))
     return isinstance(error, torch.distributed.DistError) or bool(lost)
 
