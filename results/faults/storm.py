@@ -53,11 +53,11 @@ def run_cycle(pictures: Path, folder: Path):
                     "--out", str(folder / "gpt")])
 
 
-def start(pictures: Path, folder: Path) -> multiprocessing.Process:
+def start(*work) -> multiprocessing.Process:
     """A process that has torch imported already, so that the moments are spread over the work."""
-    server = multiprocessing.get_context("forkserver")  # for some of torch's threads do not survive a plain fork
+    server = multiprocessing.get_context("forkserver")  # some of torch's threads do not survive a plain fork
     server.set_forkserver_preload(["train_gpt"])
-    process = server.Process(target=run_cycle, args=(pictures, folder))
+    process = server.Process(target=work[0], args=work[1:])
     process.start()
     return process
 
@@ -100,24 +100,23 @@ def storm(place: Path, kills: int, seed: int = 0) -> tuple[Counter, Counter, lis
     """What was interrupted how often, how many cycles came to their end, and all that was wrong."""
     draw_pictures(place / "pictures")
     whole, folder = place / "whole", place / "cycle"
-    start(place / "pictures", place / "warm-up").join()
+    start(int).join()  # torch is imported now
     began = time.perf_counter()
-    start(place / "pictures", whole).join()
+    start(run_cycle, place / "pictures", whole).join()
     duration = time.perf_counter() - began
     moments, interrupted, ended, wrong = random.Random(seed), Counter(), Counter(), []
-    while sum(interrupted.values()) < kills:
-        process = start(place / "pictures", folder)
-        process.join(moments.uniform(0, duration))
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
+    while sum(interrupted.values()) < kills or folder.exists():  # the last cycle comes to its end
+        process = start(run_cycle, place / "pictures", folder)
+        process.join(moments.uniform(0, duration) if sum(interrupted.values()) < kills else None)
+        process.kill()
+        process.join()
         if process.exitcode == -signal.SIGKILL:
             interrupted[what_was_interrupted(folder)] += 1
             wrong += faults(folder, whole)
         else:
             ended[process.exitcode] += 1
             wrong += differences(folder, whole) if process.exitcode == 0 else [f"status {process.exitcode}"]
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
     return interrupted, ended, wrong
 
 
