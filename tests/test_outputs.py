@@ -170,7 +170,7 @@ def test_logged_values_are_means_since_the_last_line_and_a_diverged_one_is_named
     log.line(5, "", {})
     for value, first_step, every, advice in [
             (math.nan, 0, 9, "there is no checkpoint yet, start again with a lower --lr"),
-            (math.inf, 2, 9, "go on from .*checkpoint.pt of step 2 with --resume and a lower --lr"),
+            (math.inf, 2, 7, "go on from .*checkpoint.pt of step 2 with --resume and a lower --lr"),
             (-math.inf, 2, 6, "go on from .*checkpoint.pt of step 6 with --resume and a lower --lr")]:
         log = open_log(tmp_path / str(value), first_step, checkpoint_every=every)
         log.name_batch = lambda step: f"the pictures of {step}"
