@@ -2,19 +2,26 @@
 
 Symbols: N pictures, h×w code grid.
 """
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 import data
 import run
-from outputs import describe_data
+from outputs import describe_data, writing
 from stages import Stages
+
+try:
+    import fcntl
+except ImportError:  # Windows: there unfinished files of killed runs stay
+    fcntl = None
 
 
 @dataclass(frozen=True)
@@ -43,47 +50,73 @@ class CodeCache:
             paths[field] = self.directory / f"codes-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
             shapes[field] = (views, N, stage.side, stage.side) if stage else (views, N)
         missing = [name for name, path in paths.items() if not path.is_file()]
-        identity, fields = process.agree([os.getpid(), missing])  # of the first: all write the same files
+        identity, fields = process.agree([os.urandom(4).hex(), missing])  # all write the same files
         if fields:
             parts = {field: paths[field].with_suffix(f".{identity}.part") for field in fields}
-            if process.rank == 0:
-                print(f"encoding {views * N:,} pictures ({' and '.join(fields)}) into {self.directory}",
-                      flush=True)
-                self.directory.mkdir(parents=True, exist_ok=True)
-                for field in fields:
-                    reserve(parts[field], shapes[field])
-            process.wait_for_all()
-            arrays = {field: np.lib.format.open_memmap(parts[field], "r+") for field in fields}
-            for view in range(views):
-                key = None if view == 0 else (self.seed, view)
-                order = data.fixed_order(N, 64, key, process.rank, process.world)
-                for batch, values in zip(order, data.load(dataset, order, process.device, workers)):
-                    index = [i for i, _ in batch]
+            with contextlib.ExitStack() as reserved:
+                if process.rank == 0:
+                    print(f"encoding {views * N:,} pictures ({' and '.join(fields)}) into {self.directory}",
+                          flush=True)
+                    remove_abandoned(self.directory)
                     for field in fields:
-                        stage = stages[field]
-                        codes = stage.encode(values[field]) if stage else values[field]
-                        arrays[field][view, index] = codes.cpu().numpy().astype(np.uint16)
-            for field in fields:
-                arrays[field].flush()
-            process.wait_for_all()
-            if process.rank == 0:
+                        reserved.enter_context(reserve(parts[field], shapes[field]))
+                process.wait_for_all()
+                arrays = {field: np.lib.format.open_memmap(parts[field], "r+") for field in fields}
+                for view in range(views):
+                    key = None if view == 0 else (self.seed, view)
+                    order = data.fixed_order(N, 64, key, process.rank, process.world)
+                    for batch, values in zip(order, data.load(dataset, order, process.device, workers)):
+                        index = [i for i, _ in batch]
+                        for field in fields:
+                            stage = stages[field]
+                            codes = stage.encode(values[field]) if stage else values[field]
+                            arrays[field][view, index] = codes.cpu().numpy().astype(np.uint16)
                 for field in fields:
-                    parts[field].replace(paths[field])
+                    arrays[field].flush()
+                process.wait_for_all()
+                if process.rank == 0:
+                    for field in fields:
+                        parts[field].replace(paths[field])
             process.wait_for_all()
         return {field: read_codes(path, shapes[field]) for field, path in paths.items()}
 
 
-def reserve(path: Path, shape: tuple[int, ...]):
-    """A file for codes of that shape. Raises OSError if the disk is too full, rather than a crash later."""
-    np.lib.format.open_memmap(path, "w+", np.uint16, shape).flush()
-    if hasattr(os, "posix_fallocate"):
-        try:
-            with path.open("r+b") as file:
+@contextlib.contextmanager
+def reserve(path: Path, shape: tuple[int, ...]) -> Iterator[None]:
+    """A file for codes of that shape, locked while it is written, and removed if it was not renamed then.
+
+    Raises OSError if the disk is too full, rather than a crash later.
+    """
+    try:
+        with writing(path, "make room, or name another folder with --codes-dir"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open_locked(path)
+            np.lib.format.open_memmap(path, "w+", np.uint16, shape).flush()
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise OSError(f"{path} could not be written ({error.strerror}): make room, "
-                          "or name another folder with --codes-dir") from None
+        with file:
+            yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def open_locked(path: Path) -> BinaryIO:
+    """A new file that nobody else has locked until it is closed, whatever becomes of the process."""
+    while True:
+        file = path.open("wb")
+        with contextlib.suppress(OSError):  # a file system may have no locks
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists():  # else another run has just taken it for an abandoned one
+            return file
+
+
+def remove_abandoned(directory: Path):
+    """Remove the unfinished files of killed runs: those that no process, on any machine, has locked."""
+    for path in directory.glob("codes-*.part") if fcntl else ():
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def read_codes(path: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -116,8 +149,8 @@ def encode_pictures(config: Any, stages: Stages, checkpoint: dict | None,
                     for split in ("train", "val")}
     trained_on = describe_data(config, datasets["train"], checkpoint)
     workers = data.worker_count(config.workers, config.data)
-    training, validation = (cache.codes(split, dataset, stages, process, workers)
-                            for split, dataset in datasets.items())
+    validation, training = (cache.codes(split, datasets[split], stages, process, workers)
+                            for split in ("val", "train"))  # an unreadable file of validation is found first
     return training, validation, trained_on
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import nearest_code
+from outputs import announce
 
 
 def as_vectors(latents: Tensor) -> Tensor:
@@ -76,8 +77,15 @@ def restart_dead_codes(vq: nn.Module, optimizer: torch.optim.Optimizer, uses: Te
 
 
 def codebook_use(counts: Tensor) -> tuple[int, float]:
-    """Counts of each code (K,) → the number of codes used, and their perplexity exp(entropy), 1 to K."""
-    return int((counts > 0).sum()), math.exp(entropy(counts))
+    """Counts of each code (K,) → the number of codes used, and their perplexity exp(entropy), 1 to K.
+
+    Warns of a codebook of which less than 5 % is used.
+    """
+    used = int((counts > 0).sum())
+    if used < 0.05 * min(len(counts), int(counts.sum())):
+        announce(f"warning: {used} of {len(counts)} codes in use; what helps: --restart-every 25 to 100, "
+                 "a smaller --code-width or --codebook-size, a lower --lr")
+    return used, math.exp(entropy(counts))
 
 
 def use_colours(counts: Tensor) -> Tensor:

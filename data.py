@@ -4,21 +4,19 @@
 segmentation (S, S) uint8, 255 where a pixel has no label, depth (S, S) float32 in [−1, 1], class int64. It
 has `len()`, `classes` (names, if "class" was asked for), `segments()` (labels of the masks), `fingerprint()`
 (of all that the arrays depend on) and `digest()` (of names and sizes of files). Training batch number n is a
-pure function of the seed and n, whatever the number of worker processes and interruptions.
+pure function of the seed and n, whatever the number of worker processes and interruptions. In training the
+next picture stands in for a file that cannot be read, which is named; in validation it ends the run.
 
 Symbols: B batch, C channels, H×W pixels, N pictures, S = size.
 """
 import atexit
 import colorsys
+import contextlib
 import functools
 import hashlib
-import multiprocessing
 import os
-import signal
-import tarfile
-import urllib.request
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,34 +24,26 @@ import torch
 from numpy import ndarray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
+import cifar10
+import run
 import scenes
-from files import (ADE20K_SEGMENTS, FIELDS, LAYOUTS, NO_LABEL, READER_VERSION, RESAMPLING, VALIDATION_SHARE,
-                   Record, draw_keypoints, files_digest, open_depth, open_labels, open_pose, open_rgb, show)
+from files import (ADE20K_SEGMENTS, FIELDS, LAYOUTS, NO_LABEL, READER_VERSION, VALIDATION_SHARE, Preparation,
+                   Record, UnreadableError, open_field, show)
+from scenes import draw_keypoints
 
 OFFERED = {"scenes": (*FIELDS, "class"), "cifar10": ("image", "class"), "folder": (*FIELDS, "class"),
            "imagenet": ("image", "depth", "class"), "restricted-imagenet": ("image", "depth", "class"),
            "ade20k": ("image", "segmentation"), "deepfashion": ("image", "pose")}
 DATASETS = tuple(OFFERED)
 SCENES = {"train": 16_000, "val": 1000}  # pictures in each split; any number could be drawn
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+# A label is never a mixture of two, and depth stays in [−1, 1], which bicubic would leave.
+RESAMPLING = {"image": Image.Resampling.BICUBIC, "segmentation": Image.Resampling.NEAREST,
+              "depth": Image.Resampling.BILINEAR, "pose": Image.Resampling.BILINEAR}
 
 # Seed and epoch of an augmentation; None: center crop, not mirrored.
 Key = tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How pictures become arrays: what a first stage was trained on, and needs again."""
-    size: int  # S, pixels along each side
-    fields: tuple[str, ...] = ("image",)  # of "image", "segmentation", "depth", "pose", "class"
-    flip: bool = False  # mirror half of the training pictures
-    upscale: bool = False  # enlarge pictures smaller than S instead of refusing them
-    void_label: int = NO_LABEL  # in the masks: pixels that have no label, as those of 255 always
-    segments: int = 0  # labels of the masks; ValueError for one that has more; 0: not checked
 
 
 class Scenes:
@@ -98,33 +88,25 @@ draw_once = functools.cache(scenes.draw_scene)
 
 
 class Cifar10:
-    """The official binary archive: 50,000 training, 10,000 test pictures of 32×32 with ten classes (§2)."""
+    """CIFAR-10's 50,000 training or 10,000 test pictures of 32×32 with ten classes (§2)."""
 
     def __init__(self, split: str, directory: Path, preparation: Preparation):
         if preparation.size != 32:
             raise ValueError(f"CIFAR-10 has pictures of 32×32; image_size is {preparation.size}")
-        self.directory, self.fields = cifar10_folder(directory), preparation.fields
-        self.flip = preparation.flip and split == "train"
-        self.classes = CIFAR10_CLASSES if "class" in self.fields else ()
-        names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-        self.records = [{"image": self.directory / name} for name in names]
-        for record in self.records:
-            size = record["image"].stat().st_size
-            if size != 10_000 * 3073:
-                raise ValueError(f"{show(record['image'])} has {size:,} bytes instead of 30,730,000: "
-                                 "fetch the archive again")
-        values = np.concatenate([np.fromfile(record["image"], np.uint8) for record in self.records])
-        self.labels, self.images = np.split(values.reshape(-1, 3073), [1], axis=1)  # (N, 1), (N, 3·32·32)
+        files, self.labels, self.images = cifar10.read_cifar10(directory, split)
+        self.directory, self.records = files[0].parent, [{"image": file} for file in files]
+        self.fields, self.flip = preparation.fields, preparation.flip and split == "train"
+        self.classes = cifar10.CLASSES if "class" in self.fields else ()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, item: tuple[int, Key]) -> dict[str, ndarray]:
         index, key = item
-        image = self.images[index].reshape(3, 32, 32)
+        image = self.images[index]  # (3, 32, 32)
         if self.flip and key is not None and augmentation_rng(key, index).random() < 0.5:
             image = np.ascontiguousarray(image[:, :, ::-1])
-        known = {"image": image, "class": np.int64(self.labels[index, 0])}
+        known = {"image": image, "class": np.int64(self.labels[index])}
         return {field: known[field] for field in self.fields}
 
     def fingerprint(self) -> str:
@@ -147,21 +129,48 @@ class Files:
         if not self.records:
             raise FileNotFoundError(f"{show(directory)} has no {split} pictures; without val/ one in "
                                     f"{VALIDATION_SHARE} is for validation: put more there")
+        self.unreadable = set()  # indices of those that this process has named
+        self.tolerated = max(5, len(self.records) // 100)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, item: tuple[int, Key]) -> dict[str, ndarray]:
+        """In training also "unreadable", if the next picture had to stand in: {index: sentence}."""
         index, key = item
-        random = augmentation_rng(key, index) if self.train and key is not None else None
-        return prepare(self.records[index], self.preparation, random)
+        unreadable = {}
+        for i in range(index, index + min(len(self), self.tolerated + 1)):
+            random = augmentation_rng(key, index) if self.train and key is not None else None
+            try:
+                fields = prepare(self.records[i % len(self)], self.preparation, random)
+                return fields | ({"unreadable": unreadable} if unreadable else {})
+            except UnreadableError as error:
+                if not self.train:
+                    raise
+                unreadable[i % len(self)] = str(error)
+        raise UnreadableError(unreadable[index])
+
+    def report(self, unreadable: dict[int, str]):
+        """Name each file once, with a running count. Raises ValueError if they are more than one in 100."""
+        for index, sentence in unreadable.items():
+            if index not in self.unreadable:
+                self.unreadable.add(index)
+                count = f"{len(self.unreadable)} of {len(self):,}"
+                print(f"skipped in training, {count} so far: {sentence}", flush=True)
+        if len(self.unreadable) > self.tolerated:
+            raise ValueError(f"{count} training pictures cannot be read, and a run goes on without at most "
+                             f"{self.tolerated}: remove or replace those named above")
 
     def segments(self) -> int:
         """Labels of the masks: one more than the largest, for which all are read."""
         if self.layout == "ade20k":
             return ADE20K_SEGMENTS
-        masks = (np.asarray(open_field("segmentation", record, self.preparation)) for record in self.records)
-        return 1 + max(int(labels.max(initial=0, where=labels != NO_LABEL)) for labels in masks)
+        largest = 0
+        for record in self.records:
+            with contextlib.suppress(UnreadableError):  # named when it is read for training, or refused
+                labels = np.asarray(open_field("segmentation", record, self.preparation))
+                largest = max(largest, int(labels.max(initial=0, where=labels != NO_LABEL)))
+        return 1 + largest
 
     def fingerprint(self) -> str:
         return (f"{self.layout} {self.train} {self.preparation} {READER_VERSION} {self.directory.resolve()} "
@@ -171,14 +180,16 @@ class Files:
         return files_digest(self.directory, self.records, times=False)
 
 
-def open_field(field: str, record: Record, preparation: Preparation) -> Image.Image:
-    if field == "image":
-        return open_rgb(record["image"], preparation.size)
-    if field == "segmentation":
-        return open_labels(record["segmentation"], preparation.void_label, preparation.segments)
-    if field == "depth":
-        return open_depth(record["depth"])
-    return open_pose(record["pose"], record.get("image"), preparation.size)
+def files_digest(directory: Path, records: list[Record], times: bool) -> str:
+    """SHA-256 of the files' names below a folder and their sizes; `times`: and when they were modified."""
+    digest = hashlib.sha256()
+    for value in (value for record in records for value in record.values()):
+        if isinstance(value, Path):
+            status = value.stat()
+            name = os.fsencode(value).removeprefix(os.fsencode(directory)).lstrip(b"/")
+            value = (name, status.st_size, status.st_mtime_ns if times else 0)
+        digest.update(repr(value.tolist() if isinstance(value, ndarray) else value).encode())
+    return digest.hexdigest()
 
 
 def prepare(record: Record, preparation: Preparation, random: np.random.Generator | None,
@@ -247,33 +258,6 @@ def open_dataset(name: str, directory: str, split: str, preparation: Preparation
     return Files(name, split, Path(directory), preparation)
 
 
-def cifar10_folder(directory: Path) -> Path:
-    """The folder cifar-10-batches-bin at or below `directory`, downloaded and unpacked if need be."""
-    name = "cifar-10-batches-bin"
-    for folder in (directory, directory / name):
-        if (folder / "test_batch.bin").is_file():
-            return folder
-    archive = directory / "cifar-10-binary.tar.gz"
-    if not archive.is_file():
-        print(f"fetching {CIFAR10_URL} (170 MB)", flush=True)
-        directory.mkdir(parents=True, exist_ok=True)
-        part = archive.with_suffix(".part")
-        try:
-            urllib.request.urlretrieve(CIFAR10_URL, part)
-        except OSError as error:
-            raise FileNotFoundError(
-                f"CIFAR-10 is not in {show(directory)} and could not be fetched ({error}): put "
-                f"{archive.name} from {CIFAR10_URL} there, or name its folder with --data-dir") from None
-        part.replace(archive)
-    digest = hashlib.md5(archive.read_bytes()).hexdigest()
-    if digest != CIFAR10_MD5:
-        raise ValueError(f"{show(archive)} has the md5 sum {digest} instead of {CIFAR10_MD5}: "
-                         "remove it to fetch it again")
-    with tarfile.open(archive) as tar:
-        tar.extractall(directory, filter="data")
-    return directory / name
-
-
 def training_order(count: int, batch_size: int, seed: int, start: int = 0, rank: int = 0,
                    world: int = 1) -> Iterator[list[tuple[int, Key]]]:
     """Batches of (index, key) without end, from batch number `start` on: a new permutation for each epoch.
@@ -291,6 +275,15 @@ def training_order(count: int, batch_size: int, seed: int, start: int = 0, rank:
         yield batch[rank::world]
 
 
+def name_batch(dataset, batch_size: int, seed: int, step: int) -> str:
+    """Which pictures a training step was made of: their files, or their numbers if they have none."""
+    index = [i for i, _ in next(training_order(len(dataset), batch_size, seed, step - 1))]
+    if not isinstance(dataset, Files):
+        return f"the pictures number {', '.join(map(str, index))}"
+    files = [next(iter(dataset.records[i].values())).relative_to(dataset.directory) for i in index]
+    return ", ".join(map(show, files))
+
+
 def fixed_order(count: int, batch_size: int, key: Key = None, rank: int = 0,
                 world: int = 1) -> list[list[tuple[int, Key]]]:
     """Each picture once, in order, in batches of up to `batch_size`: for validation and the code cache."""
@@ -302,26 +295,33 @@ def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device,
          workers: int) -> Iterator[dict[str, Tensor]]:
     """The fields of each batch of an order on the device, (B, ...), still of the data set's types."""
     batches = DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=device.type == "cuda",
-                         worker_init_fn=ignore_signals, generator=torch.Generator())  # not the run's own
+                         collate_fn=collate, worker_init_fn=run.ignore_signals,
+                         generator=torch.Generator())  # not the run's own
     if workers:
-        atexit.unregister(kill_workers)
-        atexit.register(kill_workers)
-    for batch in batches:
+        atexit.unregister(run.kill_workers)
+        atexit.register(run.kill_workers)
+    for batch, unreadable in batches:
+        if unreadable:
+            dataset.report(unreadable)
         yield {field: values.to(device, non_blocking=True) for field, values in batch.items()}
 
 
-def ignore_signals(worker: int):
-    """Signals reach the whole process group: the run decides when to stop, its workers go on until then."""
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+def collate(items: list[dict]) -> tuple[dict[str, Tensor], dict[int, str]]:
+    """A batch of items, and apart from it which files of theirs are unreadable."""
+    unreadable = {i: text for item in items for i, text in item.pop("unreadable", {}).items()}
+    return default_collate(items), unreadable
 
 
-def kill_workers():
-    """At exit multiprocessing sends a SIGTERM to workers that are left, and would wait for them forever."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports them as crashed
-    for worker in multiprocessing.active_children():
-        worker.kill()
+def check_files(dataset, rank: int, world: int, workers: int):
+    """Read a validation set of files once, before a run begins rather than at its first evaluation.
+
+    Raises ValueError for the first file that is unreadable, too small or has wrong labels. It costs what
+    loading costs in one evaluation: see results/speed.
+    """
+    if isinstance(dataset, Files):
+        order = fixed_order(len(dataset), 64, None, rank, world)
+        for _ in load(dataset, order, torch.device("cpu"), workers):
+            pass
 
 
 def as_input(values: Tensor, field: str, channels: int) -> Tensor:

@@ -14,11 +14,14 @@ Symbols: H×W pixels, S×S after cropping, J key points.
 """
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
-from PIL import Image, ImageColor, ImageDraw, ImageOps
+from PIL import Image, ImageOps
+
+from scenes import draw_keypoints
 
 Record = dict[str, Path | ndarray | int]
 Listing = tuple[list[Record], tuple[str, ...]]  # the records of a split, and the names of the classes
@@ -35,9 +38,6 @@ SPLIT_FOLDERS = {"train", "training", *VALIDATION_FOLDERS, "test", "testing"}
 MASK_FOLDERS = {*FIELDS[1:], "mask", "masks", "label", "labels", "annotation", "annotations",
                 "segmentationclass"}  # must never be trained as pictures
 NO_LABEL = 255  # in a mask: this pixel has none
-# A label is never a mixture of two, and depth stays in [−1, 1], which bicubic would leave.
-RESAMPLING = {"image": Image.Resampling.BICUBIC, "segmentation": Image.Resampling.NEAREST,
-              "depth": Image.Resampling.BILINEAR, "pose": Image.Resampling.BILINEAR}
 ADE20K_SEGMENTS = 151  # 150 classes, and 0 for anything else
 # Restricted ImageNet: the first and last of ImageNet's 1,000 sorted classes, counted from 0.
 RESTRICTED = {"dog": (151, 268), "cat": (281, 285), "frog": (30, 32), "turtle": (33, 37), "bird": (80, 100),
@@ -45,6 +45,21 @@ RESTRICTED = {"dog": (151, 268), "cat": (281, 285), "frog": (30, 32), "turtle": 
 # DeepFashion's landmarks of upper-body (1), lower-body (2) and full-body (3) clothes, as indices into the
 # eight of the last: left and right collar, sleeve, waistline, hem.
 LANDMARKS = {"1": (0, 1, 2, 3, 6, 7), "2": (4, 5, 6, 7), "3": (0, 1, 2, 3, 4, 5, 6, 7)}
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How pictures become arrays: what a first stage was trained on, and needs again."""
+    size: int  # S, pixels along each side
+    fields: tuple[str, ...] = ("image",)  # of "image", "segmentation", "depth", "pose", "class"
+    flip: bool = False  # mirror half of the training pictures
+    upscale: bool = False  # enlarge pictures smaller than S instead of refusing them
+    void_label: int = NO_LABEL  # in the masks: pixels that have no label, as those of 255 always
+    segments: int = 0  # labels of the masks; ValueError for one that has more; 0: not checked
+
+
+class UnreadableError(ValueError):
+    """A file that is damaged, or no picture or array at all: in training another one can stand in for it."""
 
 
 def show(name: Path | str | Exception) -> str:
@@ -233,28 +248,16 @@ LAYOUTS = {"folder": any_folder, "imagenet": imagenet, "restricted-imagenet": re
            "ade20k": ade20k, "deepfashion": deepfashion}
 
 
-def files_digest(directory: Path, records: list[Record], times: bool) -> str:
-    """SHA-256 of the files' names below a folder and their sizes; `times`: and when they were modified."""
-    digest = hashlib.sha256()
-    for value in (value for record in records for value in record.values()):
-        if isinstance(value, Path):
-            status = value.stat()
-            name = os.fsencode(value).removeprefix(os.fsencode(directory)).lstrip(b"/")
-            value = (name, status.st_size, status.st_mtime_ns if times else 0)
-        digest.update(repr(value.tolist() if isinstance(value, ndarray) else value).encode())
-    return digest.hexdigest()
-
-
 def open_image(path: Path, size: int = 0) -> Image.Image:
-    """A picture file, upright; ValueError if it is none. `size` skips JPEG detail that a resize loses."""
+    """A picture file, upright, or UnreadableError. `size` skips JPEG detail that a resize loses."""
     try:
         with Image.open(path) as file:
             if size:
                 file.draft("RGB", (2 * size, 2 * size))
             return ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{show(path)} cannot be read as a picture ({show(error)}): "
-                         "remove or replace it") from None
+    except Exception as error:  # damaged bytes can raise anything
+        raise UnreadableError(f"{show(path)} cannot be read as a picture ({show(error)}): "
+                              "remove or replace it") from None
 
 
 def open_rgb(path: Path, size: int) -> Image.Image:
@@ -302,7 +305,7 @@ def open_depth(path: Path) -> Image.Image:
 
 
 def open_array(path: Path) -> ndarray:
-    """The numbers in a .npy file. Raises ValueError for anything else."""
+    """The numbers in a .npy file. Raises UnreadableError for anything else."""
     try:
         with path.open("rb") as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
@@ -310,8 +313,8 @@ def open_array(path: Path) -> ndarray:
             raise ValueError(f"of {array.dtype}, not of numbers")
         return array
     except Exception as error:  # damaged bytes can raise anything
-        raise ValueError(f"{show(path)} cannot be read as an array ({show(error)}): "
-                         "remove or replace it") from None
+        raise UnreadableError(f"{show(path)} cannot be read as an array ({show(error)}): "
+                              "remove or replace it") from None
 
 
 def open_pose(pose: Path | ndarray, image: Path | None, size: int) -> Image.Image:
@@ -336,15 +339,11 @@ def open_pose(pose: Path | ndarray, image: Path | None, size: int) -> Image.Imag
     return draw_keypoints(points * np.array([4, 4, 1])[:points.shape[1]], (4 * size, 4 * size))
 
 
-def draw_keypoints(points: ndarray, size: tuple[int, int], limbs: tuple = ()) -> Image.Image:
-    """Key points (J, 2 or 3) as discs of J hues on black; `limbs` join two in the second's hue; §4 (iii)."""
-    known = np.isfinite(points).all(1) & (points[:, 2:] > 0).all(1)  # (J,)
-    hues = [ImageColor.getrgb(f"hsv({360 * j / len(points):.0f},100%,100%)") for j in range(len(points))]
-    picture = Image.new("RGB", size)
-    draw, radius = ImageDraw.Draw(picture), min(size) / 24  # 1.3 pixels at 32×32: thinner ones get lost
-    for a, b in limbs:
-        if known[a] and known[b]:
-            draw.line([tuple(points[a, :2]), tuple(points[b, :2])], fill=hues[b], width=round(1.5 * radius))
-    for j in np.flatnonzero(known):
-        draw.circle(tuple(points[j, :2]), radius, fill=hues[j])
-    return picture
+def open_field(field: str, record: Record, preparation: Preparation) -> Image.Image:
+    if field == "image":
+        return open_rgb(record["image"], preparation.size)
+    if field == "segmentation":
+        return open_labels(record["segmentation"], preparation.void_label, preparation.segments)
+    if field == "depth":
+        return open_depth(record["depth"])
+    return open_pose(record["pose"], record.get("image"), preparation.size)

@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,14 +27,31 @@ except ImportError:  # Windows: there the folder is not locked
     fcntl = None
 
 
+@contextlib.contextmanager
+def writing(path: Path, advice: str) -> Iterator[None]:
+    """An OSError within, as of a full disk, becomes a sentence with path and advice."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error.strerror or error}): {advice}") from None
+
+
+def announce(text: str):
+    """Print a line that all processes of a run have to tell, once."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
 def claim(folder: Path, first_step: int) -> TextIO:
     """Lock a run's folder until the returned file is closed, and clean it up to go on after `first_step`.
 
     Temporary files of a killed run are removed, and lines of log.jsonl that are torn or of later steps.
-    Raises ValueError if another process holds the folder.
+    Raises ValueError if another process holds the folder, OSError if it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("w")
+    advice = "make room, or name another --out"
+    with writing(folder, advice):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("w")
     if fcntl:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,8 +63,9 @@ def claim(folder: Path, first_step: int) -> TextIO:
     log = folder / "log.jsonl"
     lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() and first_step else []
     part = log.with_suffix(".part")
-    part.write_text("".join(line for line in lines if step_of(line) <= first_step))
-    part.replace(log)
+    with writing(log, advice):
+        part.write_text("".join(line for line in lines if step_of(line) <= first_step))
+        part.replace(log)
     return file
 
 
@@ -62,11 +80,16 @@ def step_of(line: str) -> float:
 def save_checkpoint(config: Any, process: Any, step: int, parts: dict, name: str = "checkpoint.pt"):
     """Write a checkpoint from the first process: `parts` and what every run has, plain values and tensors.
 
-    A crash or a full disk leaves the file before it intact. Raises OSError.
+    A crash or a full disk leaves the file before it intact. Raises OSError, or ValueError if the weights,
+    parts["model"], are not finite: then the loss still was, and the next one would not be.
     """
+    path, former = config.folder / name, config.folder / "checkpoint.pt"
+    if not all(weight.isfinite().all() for weight in parts.get("model", {}).values()):
+        advice = f"go on from {former} with --resume and" if former.exists() else "start again with"
+        raise ValueError(f"the weights of step {step} are not finite and were not saved: {advice} a "
+                         "lower --lr")
     if process.rank > 0:
         return
-    path = config.folder / name
     part = path.with_suffix(f".{os.getpid()}.part")
     provenance = {"command": " ".join(sys.argv), "torch": str(torch.__version__),
                   "python": platform.python_version(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -121,16 +144,9 @@ def describe_data(config: Any, dataset, checkpoint: dict | None) -> dict:
         if known["data_dir"] != before["data_dir"]:
             raise ValueError(f"{config.data_dir} holds other pictures than {before['data_dir']}, on which "
                              "this run was trained; name the folder to which those were moved")
-        print(f"pictures were added to {config.data_dir} or removed: training goes on with those that are "
-              "there now, in an order drawn anew", flush=True)
+        announce(f"pictures were added to {config.data_dir} or removed: training goes on with those that are "
+                 "there now, in an order drawn anew")
     return known
-
-
-def check_finite(losses: dict[str, float]):
-    """Raises ValueError, before anything is drawn or saved, if a run has diverged."""
-    for name, value in losses.items():
-        if not math.isfinite(value):
-            raise ValueError(f"the {name} loss became {value}: go on with --resume and a lower --lr")
 
 
 def memory(device: torch.device) -> float:
@@ -178,41 +194,62 @@ def picture_grid(images: Tensor, columns: int, side: int = 96) -> Image.Image:
 
 def save_picture(picture: Image.Image, path: Path, **options):
     """Write a picture through a temporary file, so that none is ever seen half written. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        picture.save(part, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"), **options)
-        part.replace(path)
-    except OSError as error:
-        raise OSError(f"{path} could not be written ({error.strerror or error}): make room") from None
+        with writing(path, "make room"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            suffix = path.suffix.lower()
+            picture.save(part, format=Image.registered_extensions().get(suffix, "PNG"), **options)
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
 class Log:
-    """Status lines on screen and in log.jsonl. Holds the lock on the run's folder."""
+    """Status lines on screen and in log.jsonl. Holds the lock on the run's folder.
 
-    def __init__(self, config: Any, process: Any, first_step: int, unit: str, units_per_step: int):
+    `name_batch` tells which pictures a step was made of.
+    """
+
+    def __init__(self, config: Any, process: Any, first_step: int, unit: str, units_per_step: int,
+                 name_batch: Callable[[int], str] | None = None):
         self.path, self.process, self.steps = config.folder / "log.jsonl", process, config.steps
-        self.unit, self.units_per_step, self.sums, self.counts = unit, units_per_step, {}, {}
+        self.unit, self.units_per_step, self.checkpoint_every = unit, units_per_step, config.checkpoint_every
         self.began = self.last = time.perf_counter()
-        self.first_step = self.last_step = first_step
+        self.first_step = self.last_step = self.step = first_step
+        self.name_batch, self.added = name_batch, {}
         if process.rank == 0:
             self.lock = claim(config.folder, first_step)
 
     def add(self, values: dict[str, Tensor]):
-        """Collect values of this step for the mean on the next line; reads nothing back from the GPU."""
+        """Collect values of the next step for the mean on the next line; reads nothing back from the GPU."""
+        self.step += 1
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-            self.counts[name] = self.counts.get(name, 0) + 1
+            self.added.setdefault(name, []).append((self.step, value.detach()))
 
     def means(self) -> dict[str, float]:
         """Means of what was added since the last call, over all processes. ValueError if not finite."""
-        means = {name: float(self.process.total(value)) / self.counts[name] / self.process.world
-                 for name, value in self.sums.items()}
-        self.sums, self.counts = {}, {}
-        check_finite(means)
+        means, wrong = {}, []
+        for name, added in self.added.items():
+            steps, values = zip(*added)
+            values = self.process.total(torch.stack(values)) / self.process.world  # (steps,)
+            means[name] = values.mean().item()
+            wrong += [(step, name, value) for step, value in zip(steps, values.tolist())
+                      if not math.isfinite(value)]
+        self.added = {}
+        for step, name, value in sorted(wrong):  # the first step, for all after it are as bad
+            self.check(step, {name: value}, f" with {self.name_batch(step)}" if self.name_batch else "")
         return means
+
+    def check(self, step: int, losses: dict, batch: str = ""):
+        """Raises ValueError, before anything is drawn or saved, if a run has diverged in this step."""
+        saved = max(self.first_step, (step - 1) // self.checkpoint_every * self.checkpoint_every)
+        advice = (f"go on from {self.path.with_name('checkpoint.pt')} of step {saved} with --resume and"
+                  if saved else "there is no checkpoint yet, start again with")
+        for name, value in losses.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"the {name} loss became {value} in step {step}{batch}: {advice} a lower "
+                                 "--lr")
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
@@ -239,12 +276,9 @@ class Log:
             speed = f"{seconds * 1e3:.0f} ms/step · {si(rate)} {self.unit}/s · {peak:.1f} GiB"
             print(f"step {step}/{self.steps} · {text} · {speed} · eta {duration(left)}", flush=True)
             numbers = {"step": step} | values | {"ms_per_step": seconds * 1e3, f"{self.unit}_per_s": rate}
-            try:
-                with self.path.open("a") as file:
-                    file.write(json.dumps(numbers) + "\n")
-            except OSError as error:
-                raise OSError(f"{self.path} could not be written ({error.strerror}): make room and go on from"
-                              " the last checkpoint with --resume") from None
+            advice = "make room and go on from the last checkpoint with --resume"
+            with writing(self.path, advice), self.path.open("a") as file:
+                file.write(json.dumps(numbers) + "\n")
 
 
 def si(number: float) -> str:

@@ -5,26 +5,22 @@ A config is a frozen dataclass of int, float, str and bool fields; trailing comm
 import argparse
 import contextlib
 import dataclasses
+import errno
 import inspect
 import math
+import multiprocessing
 import os
 import re
 import signal
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-from outputs import duration, load_checkpoint, memory, si
-
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # FLOP/s in bfloat16, dense, NVIDIA's data sheets
+from outputs import announce, load_checkpoint
 
 
 class UsageError(ValueError):
@@ -58,7 +54,7 @@ def configure(presets: dict[str, Any], argv: list[str] | None) -> tuple[Any, dic
                 raise UsageError(f"{name} is {getattr(config, name)!r} but the run in {config.folder} has "
                                  f"{value!r}; leave {flag(name)} out to go on, or name another --out")
     elif path and config.resume:
-        print(f"{path} does not exist yet: starting at step 0", flush=True)
+        announce(f"{path} does not exist yet: starting at step 0")
     for useless, names, reason in config.without_effect():
         for name in set(names.split()) & set(flags) if useless else ():
             raise UsageError(f"{flag(name)} has no effect here: {reason}")
@@ -209,52 +205,6 @@ def start(config: Any) -> Process:
     return Process(device, rank, world)
 
 
-class CountOperations(TorchDispatchMode):
-    """Sums up the floating-point operations of products, convolutions and torch's own attention."""
-
-    flops = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        formula = flop_registry.get(operation._overloadpacket)
-        self.flops += formula(*args, **(kwargs or {}), out_val=result) if formula else 0
-        return result
-
-
-def benchmark(train_step: Callable[[], Any], config: Any, process: Process, unit: str, units: int):
-    """Print what all steps of a run will cost, from the median of some on this machine.
-
-    `units`: images or tokens of one picture. Share of the peak: operations of the step, without our Triton
-    kernels, against the GPU's data sheet, or against a large matrix product where that is not known.
-    """
-    device, times = process.device, []
-
-    def measure(step: Callable[[], Any]) -> float:
-        began = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
-
-    with torch.compiler.set_stance("force_eager"), CountOperations() as counted:
-        train_step()
-    measure(train_step)  # compiles, and chooses algorithms
-    while len(times) < 3 or len(times) < 30 and sum(times) < 20:
-        times.append(measure(train_step))
-    seconds, rate = statistics.median(times), counted.flops / statistics.median(times)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-    peak = next((peak for gpu, peak in PEAKS.items() if gpu in name), None)
-    if not peak:
-        x = torch.rand(2048, 2048, device=device)
-        with autocast(device):
-            peak = 2 * 2048**3 / min(measure(lambda: x @ x) for _ in range(10))
-    if process.rank == 0:
-        print(f"{seconds * 1e3:.4g} ms/step · {si(config.batch_size * units / seconds)} {unit}/s · "
-              f"{rate / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s ({rate / peak:.0%} of {name}'s peak) · "
-              f"{memory(device):.1f} GiB\n{config.steps:,} steps of {config.batch_size} pictures, "
-              f"{config.steps * config.batch_size:,} in all: {duration(config.steps * seconds)}")
-
-
 class Due(NamedTuple):
     """What follows a training step."""
     evaluate: bool
@@ -304,6 +254,20 @@ def deferred_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def ignore_signals(worker: int):
+    """Signals reach the whole process group: the run decides when to stop, its workers go on until then."""
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def kill_workers():
+    """At exit multiprocessing sends a SIGTERM to workers that are left, and would wait for them forever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports them as crashed
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def command_line(main: Callable[[], None]):
     """Run a script; a user's mistake ends with one sentence, status 2 (flag) or 1 (file), no traceback."""
     status, message = 0, None
@@ -316,13 +280,35 @@ def command_line(main: Callable[[], None]):
     except (ValueError, OSError) as error:
         # An error in a worker process arrives with that process's traceback in front of the sentence.
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        status, message = 1, re.sub(r"^\w+Error: ", "", lines[-1])
+        status, message = 1, re.sub(r"^[\w.]+Error: ", "", lines[-1])
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of the screen's file, or a library's
+            message = f"{error.filename or 'the output'} could not be written ({error.strerror}): make room"
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate" not in str(error):
+        if is_lost(error):
+            status, message = 1, ("another process of this run has ended or cannot be reached "
+                                  f"({str(error).splitlines()[0]}): see its message, and go on with --resume")
+        elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate" in str(error):
+            status, message = 1, "there is too little memory for this run; --help lists what saves memory"
+        else:
             raise
-        status, message = 1, "there is too little memory for this run; --help lists what saves memory"
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if torch.distributed.is_initialized():
+        end_at_once(status)
     sys.exit(status)
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether another process of the run cannot be reached; gloo's errors have no type of their own."""
+    lost = torch.distributed.is_initialized() and re.search("(?i)gloo|peer", str(error))
+    return isinstance(error, torch.distributed.DistError) or bool(lost)
+
+
+def end_at_once(status: int):
+    """End one process of several: threads that gloo leaves behind can abort a process that ends as usual."""
+    if status == 0:
+        torch.distributed.destroy_process_group()  # after an error it could wait for the others
+    kill_workers()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -31,12 +31,10 @@ from torch import Tensor
 
 import data
 import run
+from benchmark import benchmark_sampling, untrained_prior
 from files import list_files
-from gpt import GPT, GPTConfig
-from orderings import TokenLayout
-from outputs import duration, picture_grid, save_picture, si, to_pixels
-from stages import FirstStage, Prior, Sampling
-from vq import VQ, VQConfig
+from outputs import duration, picture_grid, save_picture, to_pixels, writing
+from stages import Prior, Sampling
 
 ONE_FILE = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -123,11 +121,15 @@ def main(argv: list[str] | None = None):
     """Sample as the command line says."""
     config, _ = run.configure(PRESETS, argv)
     device = run.start(config).device
-    if config.benchmark:
-        return benchmark(config, device)
-    prior = Prior.load(config.checkpoint, device, config.n_head)
+    paper = config.benchmark and config.checkpoint == SampleConfig.checkpoint
+    if paper and not Path(config.checkpoint).exists():
+        prior = untrained_prior().to(device)
+    else:
+        prior = Prior.load(config.checkpoint, device, config.n_head)
     if config.n_head and prior.trained_on:
         raise run.UsageError("--n-head has no effect here: only the authors' files do not tell it")
+    if config.benchmark:
+        return benchmark_sampling(prior, config.batch_size, config.sampling)
     rows, columns, total = plan(prior, config)
     generator = torch.Generator(device).manual_seed(config.seed)
     out, shown, pictures, first, began, done = Path(config.out), [], [], None, time.perf_counter(), 0
@@ -281,7 +283,8 @@ def save_condition(prior: Prior, row: Row, folder: Path, number: int):
         return
     value = row.record[0].cpu().numpy()
     if prior.condition == "class":
-        with (folder / "classes.txt").open("a") as file:
+        names = folder / "classes.txt"
+        with writing(names, "make room"), names.open("a") as file:
             file.write(f"{number:06d} {prior.classes[value]}\n")
         return
     if prior.condition == "depth":
@@ -317,29 +320,6 @@ def fill_animation(prior: Prior, tokens: Tensor) -> list[Image.Image]:
     both = Image.fromarray(np.concatenate([np.asarray(frames[0]), np.asarray(frames[-1])]))
     palette = both.quantize(256)  # one for all frames: a palette for each would flicker
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-
-
-def benchmark(config: SampleConfig, device: torch.device):
-    """Print tokens and pictures per second, with and without the key/value cache, decoding included."""
-    if config.checkpoint == PRESETS["paper"].checkpoint and not Path(config.checkpoint).exists():
-        layout = TokenLayout(codebook_size=1024, height=16, width=16)
-        image = FirstStage(VQ(VQConfig()), "image", data.Preparation(256), {})
-        prior = Prior(GPT(GPTConfig(layout.vocab_size, layout.block_size)), layout, {"image": image}, {})
-        prior.to(device)
-    else:
-        prior = Prior.load(config.checkpoint, device, config.n_head)
-    B, T, times = config.batch_size, sum(prior.layout.lengths), {}
-    condition = torch.zeros(B, prior.layout.condition_length, dtype=torch.int64) if prior.condition else None
-    for cached in (True, False):
-        for attempt in range(2):  # the first warms up
-            began = time.perf_counter()
-            tokens = prior.sample(B, condition, None, config.sampling, cached=cached)
-            prior.pictures(tokens).sum().item()  # waits for the GPU
-            times[cached] = time.perf_counter() - began
-        print(f"{'cached' if cached else 'uncached'}: {B} pictures of {T} tokens in {times[cached]:.3f} s · "
-              f"{B / times[cached]:.2f} pictures/s · {si(B * T / times[cached])} tokens/s · {device}",
-              flush=True)
-    print(f"the cache is {times[False] / times[True]:.1f} times as fast")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
+from PIL import Image, ImageColor, ImageDraw
 
 CLASSES = ("ball", "house", "tree", "tent")  # the kind of the largest object is the class of the picture
 SEGMENTS = ("sky", "ground", "sun", "ball", "house", "tree", "tent", "person")  # labels of the mask
@@ -182,3 +183,17 @@ def paint_person(canvas: Canvas, random: np.random.Generator, side: int, near: f
     starts, ends = (np.array([points[name] for name in names]) for names in (starts, ends))  # (N, 2)
     canvas.paint(canvas.limbs(starts, ends, np.array(thickness) * height), "person", 2 * near - 1, *colours)
     return np.array([points[name] for name in KEYPOINTS])
+
+
+def draw_keypoints(points: ndarray, size: tuple[int, int], limbs: tuple = ()) -> Image.Image:
+    """Key points (J, 2 or 3) as discs of J hues on black; `limbs` join two in the second's hue; §4 (iii)."""
+    known = np.isfinite(points).all(1) & (points[:, 2:] > 0).all(1)  # (J,)
+    hues = [ImageColor.getrgb(f"hsv({360 * j / len(points):.0f},100%,100%)") for j in range(len(points))]
+    picture = Image.new("RGB", size)
+    draw, radius = ImageDraw.Draw(picture), min(size) / 24  # 1.3 pixels at 32×32: thinner ones get lost
+    for a, b in limbs:
+        if known[a] and known[b]:
+            draw.line([tuple(points[a, :2]), tuple(points[b, :2])], fill=hues[b], width=round(1.5 * radius))
+    for j in np.flatnonzero(known):
+        draw.circle(tuple(points[j, :2]), radius, fill=hues[j])
+    return picture

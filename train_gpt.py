@@ -25,11 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import run
 import train_vq
+from benchmark import benchmark_training
 from cache import encode_pictures, random_codes
 from codebook import entropy
 from gpt import GPT, GPTConfig
 from orderings import ORDERINGS, TokenLayout
-from outputs import Log, check_finite, picture_grid, save_checkpoint, save_picture, set_random_state
+from outputs import Log, picture_grid, save_checkpoint, save_picture, set_random_state
 from stages import FirstStage, Prior, Sampling, Stages, stages_from_state
 from vq import VQ
 
@@ -182,7 +183,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         describe(config, prior, training, validation, device)
     if config.benchmark:
         batch = list(range(config.batch_size // world))
-        return run.benchmark(lambda: train_step(batch), config, process, "tokens", sum(layout.lengths))
+        return benchmark_training(lambda: train_step(batch), config, process, "tokens", sum(layout.lengths))
     count, T = len(training["image"]), sum(layout.lengths)
     order = data.training_order(count, config.batch_size, config.seed, first_step, rank, world)
     log = Log(config, process, first_step, "tokens", config.batch_size * T)
@@ -197,6 +198,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         if due.evaluate:
             with log.untimed():
                 scores = evaluate(prior, validation, config, process)
+                log.check(step, scores)
                 samples_path = config.folder / f"step-{step:06d}.png"
                 if rank == 0:
                     draw_samples(prior, validation, config, samples_path)
@@ -286,10 +288,7 @@ def describe(config: TrainConfig, prior: Prior, training: dict, validation: dict
 
 @torch.no_grad()
 def evaluate(prior: Prior, codes: dict[str, np.ndarray], config: TrainConfig, process: run.Process) -> dict:
-    """Nats per token over all validation pictures: the mean, by scale, by cell, and without the condition.
-
-    Raises ValueError if the model has diverged.
-    """
+    """Nats per token over all validation pictures: the mean, by scale, by cell, and without the condition."""
     layout, count = prior.layout, len(codes["image"])
     dropouts = (0.0, 1.0) if config.condition_dropout else (0.0,)
     nats = torch.zeros(len(dropouts), sum(layout.lengths), device=process.device).double()  # (1 or 2, T)
@@ -302,7 +301,6 @@ def evaluate(prior: Prior, codes: dict[str, np.ndarray], config: TrainConfig, pr
     prior.gpt.train()
     nats = process.total(nats) / count
     scores = {"val": nats[0].mean().item(), "nats_per_picture": nats[0].sum().item()}
-    check_finite(scores)
     if config.condition_dropout:
         scores["val_null"] = nats[1].mean().item()
     grids = [grid[0] for grid in layout.grids(nats[:1])]  # (h, w) each

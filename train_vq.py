@@ -22,11 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import run
+from benchmark import benchmark_training
 from codebook import codebook_use, initialize_codebook, restart_dead_codes, use_colours
-from data import Preparation
+from files import Preparation
 from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, image_loss, mask_loss,
                     score_images, score_masks)
-from outputs import (Log, check_finite, describe_data, picture_grid, save_checkpoint, save_picture,
+from outputs import (Log, announce, describe_data, picture_grid, save_checkpoint, save_picture,
                      set_random_state)
 from vq import VQ, VQConfig
 
@@ -174,6 +175,7 @@ def main(argv: list[str] | None = None) -> Path | None:
                                 for split in ("train", "val"))
         perceptual = (PerceptualLoss(config.perceptual_weights, config.perceptual).to(device)
                       if config.perceives else None)
+    data.check_files(validation, rank, world, data.worker_count(config.workers, config.data))
     trained_on = describe_data(config, training, checkpoint)
     model_config = (VQConfig(**checkpoint["model_config"]) if checkpoint
                     else config.model(input_channels(config, training, validation)))
@@ -220,18 +222,18 @@ def main(argv: list[str] | None = None) -> Path | None:
         uses.index_add_(0, codes.flatten(), torch.ones(codes.numel(), device=device))  # `bincount` would sync
         return parts | {"vq": quantization_loss}
 
-    if rank == 0:
-        S, side = config.image_size, config.image_size // model_config.downsampling
-        print(f"first stage: {len(training):,} training and {len(validation):,} validation pictures "
-              f"({config.target}) of {channels}×{S}×{S} → {side}×{side} of {config.codebook_size} codes · "
-              f"{sum(x.numel() for x in vq.parameters()):,} parameters · {device} · {config.folder}",
-              flush=True)
+    S, side = config.image_size, config.image_size // model_config.downsampling
+    announce(f"first stage: {len(training):,} training and {len(validation):,} validation pictures "
+             f"({config.target}) of {channels}×{S}×{S} → {side}×{side} of {config.codebook_size} codes · "
+             f"{sum(x.numel() for x in vq.parameters()):,} parameters · {device} · {config.folder}")
     order = data.training_order(len(training), config.batch_size, config.seed, first_step, rank, world)
     batches = load_inputs(training, order, config, channels, device)
     if config.benchmark:
-        images = next(batches)  # with all losses, as after the last step
-        return run.benchmark(lambda: train_step(images, config.steps, lr=0.0), config, process, "images", 1)
-    log = Log(config, process, first_step, "images", config.batch_size)
+        images = next(batches)
+        last_step = lambda: train_step(images, config.steps, config.lr)  # with all losses
+        return benchmark_training(last_step, config, process, "images", 1)
+    log = Log(config, process, first_step, "images", config.batch_size,
+              lambda step: data.name_batch(training, config.batch_size, config.seed, step))
     scores, picture_path = {}, None
     for step, due in run.steps(config, process, first_step):
         lr = run.set_learning_rate(optimizer, config, step)
@@ -244,6 +246,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         if due.evaluate:
             with log.untimed():
                 scores, counts = evaluate(vq, perceptual, validation, config, process)
+                log.check(step, scores)
                 picture_path = config.folder / f"step-{step:06d}.png"
                 if rank == 0:
                     draw(vq, validation, counts, config, picture_path)
@@ -322,13 +325,9 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
     *totals, count = process.total(sums).tolist()
     counts = process.total(counts)
     used, perplexity = codebook_use(counts)
-    if process.rank == 0 and used < 0.05 * min(len(counts), int(counts.sum())):
-        print(f"warning: {used} of {len(counts)} codes in use; what helps: --restart-every 25 to 100, "
-              "a smaller --code-width or --codebook-size, a lower --lr", flush=True)
     names = (("val_cross_entropy", "val_accuracy") if config.one_hot
              else ("val_l1", "val_lpips") if perceptual else ("val_l1",))
     scores = {name: total / count for name, total in zip(names, totals) if count}  # masks without any label
-    check_finite(scores)
     return scores | {"codes_used": used, "perplexity": perplexity}, counts
 
 

@@ -1,5 +1,6 @@
 """The code cache. Oracles: pictures and an encoder whose codes can be written down; files of a folder, counted."""
 import itertools
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from cache import CodeCache
 from helpers import ALONE
+from picture_files import opened, save
 
 
 class Numbers:
@@ -94,7 +96,7 @@ def test_an_interrupted_cache_is_never_read_and_a_damaged_one_is_named(tmp_path)
 
     with pytest.raises(KeyboardInterrupt):
         cache(tmp_path, Numbers(70), Interrupted())
-    assert not list(tmp_path.glob("*.npy")) and len(list(tmp_path.glob("*.part"))) == 1
+    assert not list(tmp_path.iterdir())
     assert cache(tmp_path, Numbers(70), Encoder())[:, 1, 1].tolist() == [250 * i for i in range(70)]
     path = next(tmp_path.glob("*.npy"))
     whole = path.read_bytes()
@@ -103,6 +105,35 @@ def test_an_interrupted_cache_is_never_read_and_a_damaged_one_is_named(tmp_path)
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{path.name} is damaged .*: remove it, and the codes are"):
             cache(tmp_path, Numbers(70), Encoder())
+
+
+def encode_slowly(directory: Path, name: str, started, go_on):
+    """Another run, which waits in the middle of its cache."""
+    class Waiting(Encoder):
+        def encode(self, values: Tensor) -> Tensor:
+            started.set()
+            go_on.wait(30)
+            return super().encode(values)
+
+    cache(directory, Numbers(5, name), Waiting())
+
+
+def test_the_unfinished_file_of_a_killed_run_is_removed_but_never_that_of_a_living_one(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    for kill in (False, True):
+        started, go_on = fork.Event(), fork.Event()
+        other = fork.Process(target=encode_slowly, args=(tmp_path, f"other {kill}", started, go_on))
+        other.start()
+        assert started.wait(30)
+        part, = tmp_path.glob("*.part")
+        cache(tmp_path, Numbers(6, f"here {kill}"), Encoder())
+        assert part.exists()
+        other.kill() if kill else go_on.set()  # an event that a dead process waits for cannot be set
+        other.join()
+        assert list(tmp_path.glob("*.part")) == [part] * kill
+    cache(tmp_path, Numbers(6, "next"), Encoder())
+    assert not part.exists()
+    assert sorted(np.load(file).shape[1] for file in tmp_path.iterdir()) == [5, 6, 6, 6]
 
 
 def test_a_full_disk_is_noticed_before_anything_is_encoded(tmp_path, monkeypatch):
@@ -114,3 +145,15 @@ def test_a_full_disk_is_noticed_before_anything_is_encoded(tmp_path, monkeypatch
     with pytest.raises(OSError, match=r"\(No space left on device\): make room, or name .* --codes-dir"):
         cache(tmp_path, Numbers(5), encoder)
     assert encoder.pictures == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_unreadable_training_pictures_are_named_and_replaced_and_in_validation_end_the_run(tmp_path, capsys):
+    for split in ("train", "val"):
+        for i in range(6):
+            save(tmp_path / split / f"{i}.png", (i, 0, 0))
+        (tmp_path / split / "2.png").write_bytes(b"no picture")
+    codes = cache(tmp_path / "codes", opened(tmp_path, split="train"), Encoder(), views=3)
+    assert codes[:, 0, 0].tolist() == [0, 250, 750, 750, 1000, 1250] * 3
+    assert capsys.readouterr().out.count("skipped in training, 1 of 6 so far: ") == 1
+    with pytest.raises(ValueError, match="val/2.png cannot be read as a picture"):
+        cache(tmp_path / "codes", opened(tmp_path), Encoder(), split="val")

@@ -22,6 +22,7 @@ from numpy import ndarray
 from PIL import Image
 from torch import Tensor
 
+import cifar10 as cifar10_module
 import data
 import files
 import scenes
@@ -189,7 +190,7 @@ def test_cifar10_without_files_or_with_a_broken_download_says_which_file_to_put_
     for _ in range(2):
         with pytest.raises(FileNotFoundError) as error:
             cifar10_validation(tmp_path / "new")
-        for part in (str(tmp_path / "new"), "cifar-10-binary.tar.gz", data.CIFAR10_URL, "--data-dir"):
+        for part in (str(tmp_path / "new"), "cifar-10-binary.tar.gz", cifar10_module.URL, "--data-dir"):
             assert part in str(error.value)
     assert not list(tmp_path.rglob("*.tar.gz"))
 
@@ -199,7 +200,7 @@ def test_cifar10_archive_in_the_folder_or_fetched_is_unpacked(tmp_path, monkeypa
     source, directory = tmp_path / "source.tar.gz", tmp_path / "data"
     with tarfile.open(source, "w:gz", compresslevel=1) as tar:
         tar.add(cifar10 / "cifar-10-batches-bin" / "test_batch.bin", "cifar-10-batches-bin/test_batch.bin")
-    monkeypatch.setattr(data, "CIFAR10_MD5", hashlib.md5(source.read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar10_module, "MD5", hashlib.md5(source.read_bytes()).hexdigest())
     fetches = []
 
     def fetch(url, path):
@@ -213,7 +214,7 @@ def test_cifar10_archive_in_the_folder_or_fetched_is_unpacked(tmp_path, monkeypa
     for _ in range(2):
         dataset = cifar10_validation(directory)
         assert np.array_equal(dataset.images, cifar10_validation(cifar10).images)
-    assert fetches == ([data.CIFAR10_URL] if fetched else [])
+    assert fetches == ([cifar10_module.URL] if fetched else [])
     assert not list(directory.glob("*.part"))
     (directory / "cifar-10-batches-bin" / "test_batch.bin").unlink()
     (directory / "cifar-10-binary.tar.gz").write_bytes(b"something else")
@@ -522,6 +523,62 @@ def test_a_damaged_picture_and_a_label_too_large_are_named_from_a_worker_too(tmp
             with pytest.raises(ValueError, match=match) as error:
                 list(load(dataset, fixed_order(1, 1), CPU, workers))
             traceback.clear_frames(error.tb)  # or the loader, kept in a cycle, waits 5 s for its worker later
+
+
+def break_files(*paths: Path):
+    """Damage pictures in several ways: cut off, empty, no picture."""
+    for i, path in enumerate(paths):
+        path.write_bytes((path.read_bytes()[:-40], b"", b"no picture")[i % 3])
+
+
+def test_in_training_the_next_picture_stands_in_for_an_unreadable_one_which_is_named_once(tmp_path, capsys):
+    for i in range(12):
+        noise(tmp_path / "train" / f"{i:02d}.png", (50, 40), seed=i)
+    save(tmp_path / "val" / "a.png")
+    whole = opened(tmp_path, split="train", flip=True)
+    expected = whole[5, (0, 0)]["image"]
+    record, random = whole.records[5], data.augmentation_rng((0, 0), 3)
+    stands_in = prepare(record, whole.preparation, random)["image"]  # with the augmentation of number 3
+    break_files(*(tmp_path / "train" / f"{i:02d}.png" for i in (3, 4, 11)))
+    for workers in (0, 2):
+        dataset = opened(tmp_path, split="train", flip=True)
+        for _ in range(2):
+            batches = list(load(dataset, fixed_order(12, 6, (0, 0)), CPU, workers))
+            assert [set(batch) for batch in batches] == [{"image"}] * 2
+            images = torch.cat([batch["image"] for batch in batches]).numpy()
+            assert np.array_equal(images[5], expected) and np.array_equal(images[3], stands_in)
+            assert not np.array_equal(images[4], images[3])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split("(")[0] for line in lines] == [
+            f"skipped in training, {n} of 12 so far: {tmp_path}/train/{name}.png cannot be read as a picture "
+            for n, name in ((1, "03"), (2, "04"), (3, "11"))]
+    break_files(*(tmp_path / "train" / f"{i:02d}.png" for i in (0, 1, 9)))
+    with pytest.raises(ValueError, match="^6 of 12 training pictures cannot be read, .* at most 5: remove"):
+        list(load(opened(tmp_path, split="train"), fixed_order(12, 4), CPU, 0))
+    break_files(*tmp_path.glob("train/*.png"))
+    with pytest.raises(files.UnreadableError, match="01.png cannot be read"):  # no picture can stand in
+        opened(tmp_path, split="train")[1, None]
+
+
+def test_one_training_picture_in_a_hundred_may_be_unreadable_but_none_may_be_wrong(tmp_path):
+    for i in range(700):
+        (tmp_path / "train").mkdir(exist_ok=True)
+        (tmp_path / "train" / f"{i}.png").touch()
+    save(tmp_path / "val" / "a.png")
+    dataset = opened(tmp_path, split="train")
+    dataset.report({i: "a sentence" for i in range(7)})
+    with pytest.raises(ValueError, match="^8 of 700 training pictures cannot be read, .* at most 7: remove"):
+        dataset.report({7: "a sentence"})
+    save(dataset.records[0]["image"], size=(9, 9))  # is a picture
+    with pytest.raises(ValueError, match="has 9×9 pixels, too few") as error:
+        dataset[0, None]
+    assert error.type is ValueError
+    for split in ("train", "val"):
+        save(tmp_path / "masks" / split / "segmentation" / "a.png", 2, mode="L")
+        (tmp_path / "masks" / split / "segmentation" / "b.png").touch()
+    assert opened(tmp_path / "masks", "segmentation", split="train").segments() == 3
+    with pytest.raises(files.UnreadableError, match="b.png cannot be read"):
+        opened(tmp_path / "masks", "segmentation").segments()
 
 
 def test_workers_leave_signals_to_the_run_and_do_not_outlive_it():

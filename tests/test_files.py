@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 import files
-from files import draw_keypoints, open_depth, open_labels, open_pose, open_rgb, path_hash
+from files import open_depth, open_labels, open_pose, open_rgb, path_hash
 from picture_files import ORANGE, names, noise, opened, save, write
+from scenes import draw_keypoints
 
 
 def colours(path: Path) -> set[tuple]:

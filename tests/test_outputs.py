@@ -107,7 +107,7 @@ class Pictures:
         self.digest = lambda: digest
 
 
-def test_a_data_set_is_known_again_by_its_pictures_not_by_its_place(capsys):
+def test_a_data_set_is_known_again_by_its_pictures_not_by_its_place(capsys, monkeypatch):
     def describe(data_dir: str, digest: str, checkpoint: dict | None) -> dict:
         config = dataclasses.replace(DEMO, data="folder", data_dir=data_dir)
         return describe_data(config, Pictures(digest), checkpoint)
@@ -120,6 +120,9 @@ def test_a_data_set_is_known_again_by_its_pictures_not_by_its_place(capsys):
     assert capsys.readouterr().out == ""
     assert describe("here", "more", checkpoint) == known | {"digest": "more"}
     assert "pictures were added to here or removed: training goes on with" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    describe("here", "more", checkpoint)
+    assert capsys.readouterr().out == ""  # the first of several processes says it
     with pytest.raises(ValueError, match="elsewhere holds other pictures than here, on which this run was"):
         describe("elsewhere", "more", checkpoint)
 
@@ -130,8 +133,9 @@ def test_numbers_are_printed_with_units():
     assert [duration(x) for x in (3600, 90_061)] == ["1h00m", "25h01m"]
 
 
-def open_log(folder, first_step: int = 0, units: int = 5) -> Log:
-    return Log(dataclasses.replace(DEMO, out=str(folder), steps=9), ALONE, first_step, "tokens", units)
+def open_log(folder, first_step: int = 0, units: int = 5, **settings) -> Log:
+    config = dataclasses.replace(DEMO, out=str(folder), steps=9, **settings)
+    return Log(config, ALONE, first_step, "tokens", units)
 
 
 def read_log(folder) -> list[dict]:
@@ -162,10 +166,44 @@ def test_logged_values_are_means_since_the_last_line_and_a_diverged_one_is_named
         log.add({"loss": torch.tensor(value, requires_grad=True)})
     log.add({"rare": torch.tensor(5.0)})
     assert log.means() == {"loss": 3.0, "rare": 5.0} and log.means() == {}
-    for value in (math.nan, math.inf):
-        log.add({"vq": torch.tensor(value)})
-        with pytest.raises(ValueError, match=f"^the vq loss became {value}: .*--resume and a lower --lr"):
+    log.add({})
+    log.line(5, "", {})
+    for value, first_step, every, advice in [
+            (math.nan, 0, 9, "there is no checkpoint yet, start again with a lower --lr"),
+            (math.inf, 2, 7, "go on from .*checkpoint.pt of step 2 with --resume and a lower --lr"),
+            (-math.inf, 2, 6, "go on from .*checkpoint.pt of step 6 with --resume and a lower --lr")]:
+        log = open_log(tmp_path / str(value), first_step, checkpoint_every=every)
+        log.name_batch = lambda step: f"the pictures of {step}"
+        for step in range(first_step + 1, 10):
+            log.add({"l1": torch.tensor(math.nan if step > 7 else 1.0),
+                     "vq": torch.tensor(value if step > 6 else 1.0)})
+        with pytest.raises(ValueError, match=f"^the vq loss became {value} in step 7 with the pictures of 7: "
+                                             + advice):
             log.means()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    for start in ("start again with", "go on from .*checkpoint.pt with --resume and"):
+        with pytest.raises(ValueError, match=f"^the weights of step 2 are not finite .*: {start} a lower --lr"):
+            save(tmp_path, 2, model={"count": torch.tensor(3), "weight": torch.tensor([1.0, math.nan])})
+        save(tmp_path, 1, model={"count": torch.tensor(3), "weight": torch.ones(2)})
+    assert load_checkpoint(tmp_path / "checkpoint.pt", "gpt")["step"] == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_advice(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/run could not be written \(Not a directory\): .* another --out"):
+        claim(tmp_path / "file" / "run", 0)
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n' * 9)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))  # as if the disk had room for 20 bytes more
+    try:
+        with pytest.raises(OSError, match=r"log.jsonl could not be written \(File too large\): make room"):
+            claim(tmp_path, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log.read_text() == '{"step": 1}\n' * 9
 
 
 def test_a_log_that_cannot_be_written_says_so(tmp_path):

@@ -13,8 +13,8 @@ import run
 from helpers import ROOT, SCRIPTS
 
 CODE = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("kernels/*.py"))
-LAYERS = ("kernels taming losses scenes files outputs", "codebook", "vq gpt orderings run data", "stages",
-          "cache", "train_vq train_gpt sample")
+LAYERS = ("kernels taming losses scenes outputs", "codebook files run", "vq gpt orderings cifar10", "data",
+          "stages", "cache benchmark", "train_vq train_gpt sample")
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules.split()}
 OUTSIDE = {"torch", "numpy", "PIL", "triton"} | set(sys.stdlib_module_names)
 
@@ -68,7 +68,7 @@ def test_every_flag_is_explained_and_read_and_the_defaults_are_the_paper(script)
     comments = re.findall(r"(?m)^    (\w+): \w+ = .*?  # \S.*$", inspect.getsource(config))
     fields = [field.name for field in dataclasses.fields(config)]
     assert comments == fields
-    code = "".join((ROOT / name).read_text() for name in (script, "run.py", "cache.py"))
+    code = "".join((ROOT / name).read_text() for name in (script, "run.py", "cache.py", "stages.py"))
     for name in set(fields) - {"preset"}:  # the preset is read where the flags are parsed
         assert re.search(rf"(config|self)\.{name}\b", code), f"--{name} is read nowhere"
     assert list(presets) == ["demo", "cifar10", "paper"] and presets["paper"] == config()

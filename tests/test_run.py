@@ -1,9 +1,14 @@
 """What the scripts share. Oracles: values worked out by hand, and literal schedules."""
 import dataclasses
 import math
+import multiprocessing
 import os
+import re
 import signal
+import socket
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ import torch
 import run
 import train_gpt
 import train_vq
-from helpers import ALONE
+from helpers import ALONE, vq_flags
 
 DEMO = train_gpt.PRESETS["demo"]
 
@@ -124,6 +129,8 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
     for error, status, sentence in [
             (None, 0, ""), (run.UsageError("no such flag"), 2, "s.py: no such flag\n"),
             (ValueError("a bad file"), 1, "s.py: a bad file\n"), (OSError("no room"), 1, "s.py: no room\n"),
+            (OSError(28, "No space", "a.gif"), 1, "s.py: a.gif could not be written (No space): make room\n"),
+            (OSError(28, "No space"), 1, "s.py: the output could not be written (No space): make room\n"),
             (from_worker, 1, "s.py: a.png ended\n"), (KeyboardInterrupt("stopped"), 130, "s.py: stopped\n"),
             (KeyboardInterrupt(), 130, "s.py: interrupted; checkpoints and finished code caches are intact\n"),
             (torch.OutOfMemoryError("CUDA"), 1, "s.py: there is too little memory"),
@@ -139,3 +146,52 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="a mistake of ours"):  # needs its traceback
         error = RuntimeError("a mistake of ours")
         run.command_line(main)
+
+
+def one_of_two(rank: int, port: int, folder: Path, flags: list[str]):
+    """What torchrun starts: a process that writes to files, as buffered as a pipe."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.stdout, sys.stderr = ((folder / f"{name}-{rank}").open("w") for name in ("out", "err"))
+    sys.argv = ["train_vq.py", *flags]
+    try:
+        run.command_line(train_vq.main)
+    finally:
+        (folder / f"threads-of-gloo-{rank}").touch()  # could abort a process that gets this far
+
+
+def test_a_process_that_dies_ends_the_others_with_a_sentence_and_only_the_first_talks(
+        pictures, tmp_path):
+    server = multiprocessing.get_context("forkserver")  # for some of torch's threads do not survive a fork
+    server.set_forkserver_preload(["train_gpt"])
+    for steps in (3, 10**6):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        flags = [*vq_flags(pictures, folder), "--resume", "--steps", str(steps)]
+        first, second = [server.Process(target=one_of_two, args=(rank, port, folder, flags)) for rank in (0, 1)]
+        first.start()
+        second.start()
+        try:
+            while steps > 3 and first.is_alive() and "step 3/" not in read(folder / "out-0"):
+                time.sleep(0.05)
+            if steps > 3:
+                second.kill()
+            first.join(60)
+            second.join(60)
+        finally:
+            first.kill()
+            second.kill()
+        out, other, errors = (read(folder / name) for name in ("out-0", "out-1", "err-0"))
+        assert out.count("does not exist yet: starting at step 0") == 1 and other == ""
+        if steps == 3:
+            assert (first.exitcode, second.exitcode, errors) == (0, 0, "") and "done in" in out
+        else:
+            assert first.exitcode == 1 and second.exitcode == -signal.SIGKILL
+            assert re.fullmatch(r"train_vq.py: another process of this run has ended or .*--resume\n", errors)
+        assert not list(folder.glob("threads-of-gloo-*"))
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -379,13 +380,37 @@ def test_a_collapsed_codebook_warns_and_says_what_helps(trained, capsys):
         assert ("warning: 1 of 32 codes in use; what helps: " in capsys.readouterr().out) == (used == 1)
 
 
-def test_a_diverged_run_spares_the_checkpoint_and_ends_in_a_sentence(full, tmp_path, monkeypatch, capsys):
+def test_a_diverged_run_spares_the_checkpoint_and_names_the_step_and_its_pictures(
+        pictures, full, tmp_path, monkeypatch, capsys):
     before = train(full, tmp_path, "--log-every", "50", "--steps", "2").read_bytes()
     for steps in (8, 3):  # losses between two status lines, and weights that an evaluation finds
         more = ["--out", tmp_path, "--resume", "--steps", steps, "--log-every", 50, "--lr", 1e30]
         status, _, errors = shell("train_vq.py", [*full, *more], monkeypatch, capsys)
-        assert status == 1 and re.fullmatch(r"train_vq.py: the \w+ loss became nan: .* lower --lr\n", errors)
+        sentence = (r"train_vq.py: the \w+ loss became nan in step (\d)(?: with (.*))?: go on from "
+                    r".*checkpoint.pt of step 2 with --resume and a lower --lr\n")
+        found = re.fullmatch(sentence, errors)
+        assert status == 1 and found
+        if steps == 8:  # an evaluation has no batch
+            names = sorted(os.listdir(pictures / "train"))
+            batch = next(data.training_order(16, 4, seed=0, start=int(found[1]) - 1))
+            assert found[2] == ", ".join(f"train/{names[index]}" for index, _ in batch)
         assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_an_unreadable_picture_is_skipped_in_training_and_in_validation_found_before_the_first_step(
+        pictures, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    for split, number in (("train", 3), ("val", 1)):
+        path = folder / split / f"{number}.png"
+        path.write_bytes(path.read_bytes()[:50])  # of about 82
+        flags = [*vq_flags(folder, tmp_path / "run"), *"--steps 8 --eval-every 8".split()]
+        status, out, errors = shell("train_vq.py", [*flags, *["--resume"] * (split == "val")], monkeypatch, capsys)
+        if split == "train":
+            assert (status, errors) == (0, "") and "step 8/8" in out
+            assert out.count("skipped in training, 1 of 16 so far: ") == 1 and str(path) in out
+    assert status == 1 and re.fullmatch(rf"train_vq.py: {path} cannot be read as a picture .*\n", errors)
+    assert "first stage" not in out and len(log_of(tmp_path / "run" / "checkpoint.pt")) == 8
 
 
 def test_mistakes_end_in_a_sentence_and_leave_nothing(plain, lpips, tmp_path, monkeypatch, capsys):

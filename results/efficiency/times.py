@@ -17,8 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import data
-import run
 import train_vq
+from benchmark import CountOperations
 from gpt import GPT, GPTConfig
 from orderings import TokenLayout
 from stages import FirstStage, Prior, Sampling
@@ -56,7 +56,7 @@ def main():
                 times[name].append((time.perf_counter() - began) / arguments.batch_size)
         flops = {}
         for name, prior in priors.items():
-            with run.CountOperations() as counted:
+            with CountOperations() as counted:
                 sample(prior, 1, cached)
             flops[name] = counted.flops
         pixels, codes = (statistics.median(each[1:]) for each in times.values())

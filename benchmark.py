@@ -1,0 +1,88 @@
+"""What a run or a drawing will cost on this machine, measured before anyone starts it (`--benchmark`)."""
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from files import Preparation
+from gpt import GPT, GPTConfig
+from orderings import TokenLayout
+from outputs import duration, memory, si
+from run import Process, autocast
+from stages import FirstStage, Prior, Sampling
+from vq import VQ, VQConfig
+
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # FLOP/s in bfloat16, dense, NVIDIA's data sheets
+
+
+class CountOperations(TorchDispatchMode):
+    """Sums up the floating-point operations of products, convolutions and torch's own attention."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        formula = flop_registry.get(operation._overloadpacket)
+        self.flops += formula(*args, **(kwargs or {}), out_val=result) if formula else 0
+        return result
+
+
+def benchmark_training(train_step: Callable[[], Any], config: Any, process: Process, unit: str, units: int):
+    """Print what all steps of a run will cost, from the median of some on this machine.
+
+    `units`: images or tokens of one picture. Share of the peak: operations of the step, without our Triton
+    kernels, against the GPU's data sheet, or against a large matrix product where that is not known.
+    """
+    device = process.device
+
+    def measure(step: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    with torch.compiler.set_stance("force_eager"), CountOperations() as counted:
+        train_step()
+    measure(train_step)  # compiles, and chooses algorithms
+    once = float(process.total(torch.tensor(measure(train_step), device=device))) / process.world
+    seconds = statistics.median(measure(train_step) for _ in range(round(min(30, max(3, 20 / once)))))
+    rate = counted.flops / seconds
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    peak = next((peak for gpu, peak in PEAKS.items() if gpu in name), None)
+    if not peak:
+        x = torch.rand(2048, 2048, device=device)
+        with autocast(device):
+            peak = 2 * 2048**3 / min(measure(lambda: x @ x) for _ in range(10))
+    if process.rank == 0:
+        print(f"{seconds * 1e3:.4g} ms/step · {si(config.batch_size * units / seconds)} {unit}/s · "
+              f"{rate / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s ({rate / peak:.0%} of {name}'s peak) · "
+              f"{memory(device):.1f} GiB\n{config.steps:,} steps of {config.batch_size} pictures, "
+              f"{config.steps * config.batch_size:,} in all: {duration(config.steps * seconds)}")
+
+
+def benchmark_sampling(prior: Prior, batch_size: int, sampling: Sampling):
+    """Print tokens and pictures per second, with and without the key/value cache, decoding included."""
+    T, length, times = sum(prior.layout.lengths), prior.layout.condition_length, {}
+    condition = torch.zeros(batch_size, length, dtype=torch.int64) if length else None
+    for cached in (True, False):
+        for attempt in range(2):  # the first warms up
+            began = time.perf_counter()
+            tokens = prior.sample(batch_size, condition, None, sampling, cached=cached)
+            prior.pictures(tokens).sum().item()  # waits for the GPU
+            times[cached] = time.perf_counter() - began
+        rate = batch_size / times[cached]
+        print(f"{'cached' if cached else 'uncached'}: {batch_size} pictures of {T} tokens in "
+              f"{times[cached]:.3f} s · {rate:.2f} pictures/s · {si(rate * T)} tokens/s · {prior.device}", flush=True)
+    print(f"the cache is {times[False] / times[True]:.1f} times as fast")
+
+
+def untrained_prior() -> Prior:
+    """Of the paper's sizes, unconditional, with random weights."""
+    layout = TokenLayout(codebook_size=1024, height=16, width=16)
+    image = FirstStage(VQ(VQConfig()), "image", Preparation(256), {})
+    return Prior(GPT(GPTConfig(layout.vocab_size, layout.block_size)), layout, {"image": image}, {})
