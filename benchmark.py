@@ -77,7 +77,8 @@ def benchmark_sampling(prior: Prior, batch_size: int, sampling: Sampling):
             times[cached] = time.perf_counter() - began
         rate = batch_size / times[cached]
         print(f"{'cached' if cached else 'uncached'}: {batch_size} pictures of {T} tokens in "
-              f"{times[cached]:.3f} s · {rate:.2f} pictures/s · {si(rate * T)} tokens/s · {prior.device}", flush=True)
+              f"{times[cached]:.3f} s · {rate:.2f} pictures/s · {si(rate * T)} tokens/s · {prior.device}",
+              flush=True)
     print(f"the cache is {times[False] / times[True]:.1f} times as fast")
 
 
