@@ -15,7 +15,7 @@ import numpy as np
 
 import data
 import run
-from outputs import describe_data, writing
+from outputs import announce, describe_data, writing
 from stages import Stages
 
 try:
@@ -25,60 +25,81 @@ except ImportError:  # Windows: there unfinished files of killed runs stay
 
 
 @dataclass(frozen=True)
+class Views:
+    """Codes of N pictures in several views, memory maps (N, …), indexed as if one array (views · N, …)."""
+    arrays: list[np.ndarray]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.arrays))
+
+    def __getitem__(self, index: list[int]) -> np.ndarray:
+        N = len(self.arrays[0])
+        return np.stack([self.arrays[i // N][i % N] for i in index])
+
+
+@dataclass(frozen=True)
 class CodeCache:
     """Where the codes of data sets are kept, and how many augmented encodings of each training picture.
 
-    A file's name is the hash of all that its codes depend on: network, pictures, augmentation. So a stale
-    file is never read, and runs of all orders share one.
+    A file for each field and view. Its name is the hash of all that its codes depend on: network, pictures,
+    augmentation. So a stale file is never read, runs of all orders share one, and more views add files.
     """
     directory: Path
     seed: int
     views: int  # per training picture; the first is not augmented
 
     def codes(self, split: str, dataset, stages: Stages, process: run.Process,
-              workers: int) -> dict[str, np.ndarray]:
-        """Codes of each field of a data set, (views · N, h, w) uint16 memory maps; of a class, (views · N,).
+              workers: int) -> dict[str, Views]:
+        """Codes of each field of a data set, each view (N, h, w) uint16; of a class (N,).
 
         All fields are read and encoded in one pass, by all processes of the run. Each file is complete or
         absent. Raises OSError for a full disk, ValueError for a damaged file.
         """
-        views, N = self.views if split == "train" else 1, len(dataset)
-        paths, shapes, fingerprint = {}, {}, dataset.fingerprint()
-        for field, stage in stages.items():
-            seed = self.seed if views > 1 else None
-            text = json.dumps([field, stage and stage.hash(), fingerprint, views, seed])
-            paths[field] = self.directory / f"codes-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
-            shapes[field] = (views, N, stage.side, stage.side) if stage else (views, N)
-        missing = [name for name, path in paths.items() if not path.is_file()]
-        identity, fields = process.agree([os.urandom(4).hex(), missing])  # all write the same files
-        if fields:
-            parts = {field: paths[field].with_suffix(f".{identity}.part") for field in fields}
-            with contextlib.ExitStack() as reserved:
-                if process.rank == 0:
-                    print(f"encoding {views * N:,} pictures ({' and '.join(fields)}) into {self.directory}",
-                          flush=True)
-                    remove_abandoned(self.directory)
-                    for field in fields:
-                        reserved.enter_context(reserve(parts[field], shapes[field]))
+        views, N, fingerprint = self.views if split == "train" else 1, len(dataset), dataset.fingerprint()
+        hashes = {field: stage and stage.hash() for field, stage in stages.items()}
+        shapes = {field: (N, stage.side, stage.side) if stage else (N,) for field, stage in stages.items()}
+        arrays = {field: [] for field in stages}
+        for view in range(views):
+            key, paths = (self.seed, view) if view else None, {}
+            for field in stages:
+                text = json.dumps([field, hashes[field], fingerprint, key])
+                paths[field] = self.directory / f"codes-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
+            # The first process decides, and names the files: all write the same.
+            missing = {field: path for field, path in paths.items() if not path.is_file()}
+            identity, missing = process.agree([os.urandom(4).hex(), missing])
+            if missing:
+                announce(f"encoding {N:,} pictures ({' and '.join(missing)}) into {self.directory}"
+                             + (f", view {view + 1} of {views}" if views > 1 else ""))
+                parts = {field: path.with_suffix(f".{identity}.part") for field, path in missing.items()}
+                with contextlib.ExitStack() as reserved:
+                    if process.rank == 0:
+                        remove_abandoned(self.directory)
+                        for field, part in parts.items():
+                            reserved.enter_context(reserve(part, shapes[field]))
+                    process.wait_for_all()
+                    encode(dataset, key, stages, parts, process, workers)
+                    process.wait_for_all()
+                    if process.rank == 0:
+                        for field, part in parts.items():
+                            part.replace(paths[field])
                 process.wait_for_all()
-                arrays = {field: np.lib.format.open_memmap(parts[field], "r+") for field in fields}
-                for view in range(views):
-                    key = None if view == 0 else (self.seed, view)
-                    order = data.fixed_order(N, 64, key, process.rank, process.world)
-                    for batch, values in zip(order, data.load(dataset, order, process.device, workers)):
-                        index = [i for i, _ in batch]
-                        for field in fields:
-                            stage = stages[field]
-                            codes = stage.encode(values[field]) if stage else values[field]
-                            arrays[field][view, index] = codes.cpu().numpy().astype(np.uint16)
-                for field in fields:
-                    arrays[field].flush()
-                process.wait_for_all()
-                if process.rank == 0:
-                    for field in fields:
-                        parts[field].replace(paths[field])
-            process.wait_for_all()
-        return {field: read_codes(path, shapes[field]) for field, path in paths.items()}
+            for field, path in paths.items():
+                arrays[field].append(read_codes(path, shapes[field]))
+        return {field: Views(each) for field, each in arrays.items()}
+
+
+def encode(dataset, key: data.Key, stages: Stages, files: dict[str, Path], process: run.Process,
+           workers: int):
+    """Write this process's share of the codes of one view into the reserved file of each field."""
+    arrays = {field: np.lib.format.open_memmap(file, "r+") for field, file in files.items()}
+    order = data.fixed_order(len(dataset), 64, key, process.rank, process.world)
+    for batch, values in zip(order, data.load(dataset, order, process.device, workers)):
+        for field, array in arrays.items():
+            stage = stages[field]
+            codes = stage.encode(values[field]) if stage else values[field]
+            array[[i for i, _ in batch]] = codes.cpu().numpy().astype(np.uint16)
+    for array in arrays.values():
+        array.flush()
 
 
 @contextlib.contextmanager
@@ -120,17 +141,17 @@ def remove_abandoned(directory: Path):
 
 
 def read_codes(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """(views, N, …) on the disk → (views · N, …). Raises ValueError for another file."""
+    """The codes in a file, (N, …). Raises ValueError for another file."""
     try:
         codes = np.load(path, mmap_mode="r")
         assert codes.shape == shape and codes.dtype == np.uint16, (codes.shape, codes.dtype)
     except (ValueError, EOFError, AssertionError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and the codes are made anew") from None
-    return codes.reshape(-1, *shape[2:])
+    return codes
 
 
 def encode_pictures(config: Any, stages: Stages, checkpoint: dict | None,
-                    process: run.Process) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
+                    process: run.Process) -> tuple[dict[str, Views], dict[str, np.ndarray], dict]:
     """Codes of all training and validation pictures by field, (N, h, w) uint16 or labels (N,); see CodeCache.
 
     Also a description of the data set. Image and condition are read together: crop and flip agree.
@@ -151,7 +172,7 @@ def encode_pictures(config: Any, stages: Stages, checkpoint: dict | None,
     workers = data.worker_count(config.workers, config.data)
     validation, training = (cache.codes(split, datasets[split], stages, process, workers)
                             for split in ("val", "train"))  # an unreadable file of validation is found first
-    return training, validation, trained_on
+    return training, {field: views.arrays[0] for field, views in validation.items()}, trained_on
 
 
 def random_codes(config: Any, stages: Stages, checkpoint: dict | None,

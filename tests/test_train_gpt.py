@@ -393,6 +393,7 @@ def test_image_and_condition_have_the_same_crop_and_flip_in_every_view(tmp_path)
         stages = {field: Pixels(field, flip) for field in ("image", "segmentation")}
         training, validation, _ = cache.encode_pictures(config, stages, None, ALONE)
         assert len(training["image"]) == 24 and len(validation["image"]) == 6
+        training = {field: views[range(24)] for field, views in training.items()}
         assert np.array_equal(training["segmentation"], training["image"] // 64)
         crops = [(left, mirrored) for n in range(24) for left in range(9) for mirrored in (False, True)
                  if np.array_equal(pixels[n % 6, :, left:left + 16, 0][:, ::-1 if mirrored else 1],

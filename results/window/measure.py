@@ -28,7 +28,8 @@ def main():
     training, validation, _ = encode_pictures(TrainConfig(**checkpoint["config"]), prior.stages, None, process)
     K, side, f = prior.layout.codebook_size, prior.layout.width, prior.image.vq.config.downsampling
     known = np.zeros((K, K), bool)
-    known[training["image"][:, :, :-1].flatten(), training["image"][:, :, 1:].flatten()] = True
+    seen = training["image"].arrays[0]  # (N, h, w)
+    known[seen[:, :, :-1].flatten(), seen[:, :, 1:].flatten()] = True
 
     def report(name: str, codes: Tensor, borders: range | list[int]):
         """`borders`: columns x; the pairs are of the cells x − 1 and x."""
