@@ -241,6 +241,9 @@ def test_the_benchmark_prints_the_speed_with_and_without_the_cache(draw, monkeyp
         for name in ("cached", "uncached"):
             assert f"{name}: 2 pictures of 16 tokens in " in out
         assert out.count(" pictures/s · ") == out.count(" tokens/s · ") == 2
+    monkeypatch.setattr(sample, "untrained_prior", build)
+    sample.main("--preset paper --benchmark --batch-size 2 --device cpu".split())  # nothing is trained yet
+    assert "cached: 2 pictures of 16 tokens in " in capsys.readouterr().out
 
 
 def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, capsys):

@@ -348,14 +348,18 @@ def test_compiled_networks_compute_the_same(few_scenes, monkeypatch):
     assert all(torch.allclose(weight, other[name], atol=1e-4) for name, weight in plain.items())
 
 
-def test_a_benchmark_tells_what_the_run_will_cost_and_leaves_nothing(few_scenes, tmp_path, capsys):
-    clock = r"\S+ ms/step · \S+ (tokens|images)/s · \S+ of \S+ TFLOP/s \((\d+)% of this CPU's peak\) · \S+ GiB"
-    for script, flags in ((train_gpt, [*TINY, "--data", "folder", "--data-dir", "none", "--pixels"]),
-                          (train_gpt, [*TINY, "--condition", "depth", "--multiscale"]),
-                          (train_vq, ["--target", "segmentation"])):
+def test_a_benchmark_tells_what_the_run_will_cost_and_leaves_nothing(few_scenes, tmp_path, second_stage, capsys):
+    line = r"(\S+) ms/step · (\S+?)(k?) \w+/s · \S+ of \S+ TFLOP/s \((\d+)% of this CPU's peak\) · \S+ GiB"
+    taken = ["--out", str(second_stage.parent)]  # by a run that is neither read nor changed
+    for script, units, flags in (
+            (train_gpt, 256, [*TINY, "--data", "folder", "--data-dir", "none", "--pixels"]),
+            (train_gpt, 85, [*TINY, "--condition", "depth", "--multiscale", *taken]),
+            (train_vq, 1, ["--target", "segmentation"])):
         assert script.main(["--benchmark", "--steps", "500", *flags]) is None
         *_, speed, cost = capsys.readouterr().out.splitlines()
-        assert 0 < int(re.fullmatch(clock, speed)[2]) <= 100, speed
+        ms, rate, thousand, share = re.fullmatch(line, speed).groups()
+        in_a_step = float(rate) * (1000 if thousand else 1) * float(ms) / 1000
+        assert in_a_step == pytest.approx(4 * units, rel=0.05) and 0 < int(share) <= 100, speed
         assert cost.startswith("500 steps of 4 pictures, 2,000 in all: ")
     assert list(tmp_path.iterdir()) == []
 
