@@ -1,4 +1,4 @@
-"""What a run or a drawing will cost on this machine, measured before anyone starts it (`--benchmark`)."""
+"""Speed, memory and total time of training and sampling, measured before a run (`--benchmark`)."""
 import statistics
 import time
 from collections.abc import Callable
@@ -6,27 +6,34 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from files import Preparation
 from gpt import GPT, GPTConfig
+from kernels.causal_attention import OPERATORS
 from orderings import TokenLayout
 from outputs import duration, memory, si
 from run import Process, autocast
 from stages import FirstStage, Prior, Sampling
 from vq import VQ, VQConfig
 
+ATEN = torch.ops.aten
+FORMULAS = flop_registry | {  # attention on a CPU, and our kernels
+    ATEN._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    OPERATORS.forward: sdpa_flop,
+    OPERATORS.backward: lambda q, k, v, output, *_, **__: sdpa_backward_flop(output, q, k, v)}
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # FLOP/s in bfloat16, dense, NVIDIA's data sheets
 
 
 class CountOperations(TorchDispatchMode):
-    """Sums up the floating-point operations of products, convolutions and torch's own attention."""
+    """Sums up the floating-point operations of matrix products, convolutions and attention without mask."""
 
     flops = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        formula = flop_registry.get(operation._overloadpacket)
+        formula = FORMULAS.get(operation._overloadpacket)
         self.flops += formula(*args, **(kwargs or {}), out_val=result) if formula else 0
         return result
 
@@ -34,8 +41,8 @@ class CountOperations(TorchDispatchMode):
 def benchmark_training(train_step: Callable[[], Any], config: Any, process: Process, unit: str, units: int):
     """Print what all steps of a run will cost, from the median of some on this machine.
 
-    `units`: images or tokens of one picture. Share of the peak: operations of the step, without our Triton
-    kernels, against the GPU's data sheet, or against a large matrix product where that is not known.
+    `units`: images or tokens of one picture. Share of the peak: the step's operations against the GPU's data
+    sheet, or against a large matrix product where that is not known.
     """
     device = process.device
 
@@ -62,7 +69,8 @@ def benchmark_training(train_step: Callable[[], Any], config: Any, process: Proc
         print(f"{seconds * 1e3:.4g} ms/step · {si(config.batch_size * units / seconds)} {unit}/s · "
               f"{rate / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s ({rate / peak:.0%} of {name}'s peak) · "
               f"{memory(device):.1f} GiB\n{config.steps:,} steps of {config.batch_size} pictures, "
-              f"{config.steps * config.batch_size:,} in all: {duration(config.steps * seconds)}")
+              f"{config.steps * config.batch_size:,} in all: {duration(config.steps * seconds)}, without "
+              "loading, evaluation and saving")
 
 
 def benchmark_sampling(prior: Prior, batch_size: int, sampling: Sampling):

@@ -55,37 +55,44 @@ class CodeCache:
         All fields are read and encoded in one pass, by all processes of the run. Each file is complete or
         absent. Raises OSError for a full disk, ValueError for a damaged file.
         """
-        views, N, fingerprint = self.views if split == "train" else 1, len(dataset), dataset.fingerprint()
-        hashes = {field: stage and stage.hash() for field, stage in stages.items()}
+        N, keys = len(dataset), [None]  # of the augmentation of each view
+        if split == "train":
+            keys += [(self.seed, view) for view in range(1, self.views)]
         shapes = {field: (N, stage.side, stage.side) if stage else (N,) for field, stage in stages.items()}
-        arrays = {field: [] for field in stages}
-        for view in range(views):
-            key, paths = (self.seed, view) if view else None, {}
-            for field in stages:
-                text = json.dumps([field, hashes[field], fingerprint, key])
-                paths[field] = self.directory / f"codes-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
-            # The first process decides, and names the files: all write the same.
-            missing = {field: path for field, path in paths.items() if not path.is_file()}
-            identity, missing = process.agree([os.urandom(4).hex(), missing])
-            if missing:
-                announce(f"encoding {N:,} pictures ({' and '.join(missing)}) into {self.directory}"
-                             + (f", view {view + 1} of {views}" if views > 1 else ""))
-                parts = {field: path.with_suffix(f".{identity}.part") for field, path in missing.items()}
-                with contextlib.ExitStack() as reserved:
-                    if process.rank == 0:
-                        remove_abandoned(self.directory)
-                        for field, part in parts.items():
-                            reserved.enter_context(reserve(part, shapes[field]))
-                    process.wait_for_all()
-                    encode(dataset, key, stages, parts, process, workers)
+        paths = self.name_files(dataset, stages, keys)
+        # The first process decides, and names the files: all write the same.
+        missing = [name for name, path in paths.items() if not path.is_file()]
+        identity, missing = process.agree([os.urandom(4).hex(), missing])
+        parts = {name: paths[name].with_suffix(f".{identity}.part") for name in missing}
+        with contextlib.ExitStack() as reserved:
+            if missing and process.rank == 0:
+                remove_abandoned(self.directory)
+                for (_, field), part in parts.items():
+                    reserved.enter_context(reserve(part, shapes[field]))
+            process.wait_for_all()
+            for view, key in enumerate(keys):
+                files = {field: parts[view, field] for field in stages if (view, field) in parts}
+                if files:
+                    announce(f"encoding {N:,} pictures ({' and '.join(files)}) into {self.directory}"
+                             + (f", view {view + 1} of {len(keys)}" if len(keys) > 1 else ""))
+                    encode(dataset, key, stages, files, process, workers)
                     process.wait_for_all()
                     if process.rank == 0:
-                        for field, part in parts.items():
-                            part.replace(paths[field])
-                process.wait_for_all()
-            for field, path in paths.items():
-                arrays[field].append(read_codes(path, shapes[field]))
-        return {field: Views(each) for field, each in arrays.items()}
+                        for field, part in files.items():
+                            part.replace(paths[view, field])
+        process.wait_for_all()
+        return {field: Views([read_codes(paths[view, field], shapes[field]) for view in range(len(keys))])
+                for field in stages}
+
+    def name_files(self, dataset, stages: Stages, keys: list[data.Key]) -> dict[tuple[int, str], Path]:
+        """The file of each view and field."""
+        fingerprint, paths = dataset.fingerprint(), {}
+        for field, stage in stages.items():
+            network = stage and stage.hash()
+            for view, key in enumerate(keys):
+                digest = hashlib.sha256(json.dumps([field, network, fingerprint, key]).encode()).hexdigest()
+                paths[view, field] = self.directory / f"codes-{digest[:16]}.npy"
+        return paths
 
 
 def encode(dataset, key: data.Key, stages: Stages, files: dict[str, Path], process: run.Process,
@@ -135,7 +142,7 @@ def open_locked(path: Path) -> BinaryIO:
 def remove_abandoned(directory: Path):
     """Remove the unfinished files of killed runs: those that no process, on any machine, has locked."""
     for path in directory.glob("codes-*.part") if fcntl else ():
-        with contextlib.suppress(OSError), path.open("rb") as file:
+        with contextlib.suppress(OSError), path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 
@@ -146,13 +153,13 @@ def read_codes(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         codes = np.load(path, mmap_mode="r")
         assert codes.shape == shape and codes.dtype == np.uint16, (codes.shape, codes.dtype)
     except (ValueError, EOFError, AssertionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and the codes are made anew") from None
+        raise ValueError(f"{path} is damaged ({error}): remove it, and the codes are recomputed") from None
     return codes
 
 
 def encode_pictures(config: Any, stages: Stages, checkpoint: dict | None,
                     process: run.Process) -> tuple[dict[str, Views], dict[str, np.ndarray], dict]:
-    """Codes of all training and validation pictures by field, (N, h, w) uint16 or labels (N,); see CodeCache.
+    """Codes of training and validation pictures by field, (N, h, w) uint16 or labels (N,); see CodeCache.
 
     Also a description of the data set. Image and condition are read together: crop and flip agree.
     """
@@ -177,8 +184,10 @@ def encode_pictures(config: Any, stages: Stages, checkpoint: dict | None,
 
 def random_codes(config: Any, stages: Stages, checkpoint: dict | None,
                  process: run.Process) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
-    """In place of `encode_pictures`, for a benchmark: a batch of random codes, of 1,000 classes."""
+    """In place of `encode_pictures`, for a benchmark: a batch of random codes."""
     random = np.random.default_rng(config.seed)
-    codes = {field: random.integers(stage.codebook_size, size=(config.batch_size, stage.side, stage.side))
-             if stage else random.integers(1000, size=config.batch_size) for field, stage in stages.items()}
-    return codes, codes, {"classes": [str(label) for label in range(1000 if "class" in stages else 0)]}
+    classes = {"scenes": 4, "cifar10": 10, "restricted-imagenet": 9}.get(config.data, 1000)
+    B = config.batch_size
+    codes = {field: random.integers(stage.codebook_size, size=(B, stage.side, stage.side)) if stage
+             else random.integers(classes, size=B) for field, stage in stages.items()}
+    return codes, codes, {"classes": list(map(str, range(classes if "class" in stages else 0)))}

@@ -148,7 +148,7 @@ class Files:
                 if not self.train:
                     raise
                 unreadable[i % len(self)] = str(error)
-        raise UnreadableError(unreadable[index])
+        raise UnreadableError(f"{len(unreadable)} pictures in a row cannot be read; {unreadable[index]}")
 
     def report(self, unreadable: dict[int, str]):
         """Name each file once, with a running count. Raises ValueError if they are more than one in 100."""
@@ -158,8 +158,8 @@ class Files:
                 count = f"{len(self.unreadable)} of {len(self):,}"
                 print(f"skipped in training, {count} so far: {sentence}", flush=True)
         if len(self.unreadable) > self.tolerated:
-            raise ValueError(f"{count} training pictures cannot be read, and a run goes on without at most "
-                             f"{self.tolerated}: remove or replace those named above")
+            raise ValueError(f"{count} training pictures cannot be read, and at most "
+                             f"{self.tolerated} may be skipped: remove or replace those named above")
 
     def segments(self) -> int:
         """Labels of the masks: one more than the largest, for which all are read."""

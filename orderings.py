@@ -26,7 +26,7 @@ def cells(height: int, width: int) -> Tensor:
 
 
 def by_quarters(name: str, height: int, width: int, quarters: Callable[[Tensor], list[Tensor]]) -> Tensor:
-    """One quarter after the other, each again by quarters: (height*width,). Else ValueError."""
+    """Recursive order over the four quarters of a 2ⁿ×2ⁿ grid: (height*width,). ValueError for other grids."""
     if height != width or height < 1 or height & (height - 1):
         raise ValueError(f"the order {name} needs a square grid whose side is a power of two, not "
                          f"{height}×{width}; row, spiral and alternate take any size")

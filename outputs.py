@@ -37,7 +37,7 @@ def writing(path: Path, advice: str) -> Iterator[None]:
 
 
 def announce(text: str):
-    """Print a line that all processes of a run have to tell, once."""
+    """Print a line, from the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 

@@ -42,6 +42,9 @@ def configure(presets: dict[str, Any], argv: list[str] | None) -> tuple[Any, dic
     if path and path.exists():
         checkpoint = load_checkpoint(path, config.KIND)
         before, done = checkpoint["config"], checkpoint["step"]
+        if "optimizer" not in checkpoint:
+            raise UsageError(f"{path} holds weights only, as best.pt does: sample from it, or name the "
+                             "checkpoint.pt of that run")
         if not config.resume:
             raise UsageError(f"{config.folder} already holds a run ({done} of {before['steps']} steps done); "
                              "add --resume to go on with it, or name another --out")
@@ -287,6 +290,9 @@ def command_line(main: Callable[[], None]):
         if is_lost(error):
             status, message = 1, ("another process of this run has ended or cannot be reached "
                                   f"({str(error).splitlines()[0]}): see its message, and go on with --resume")
+        elif "Inductor" in type(error).__name__:
+            reason = str(error).strip().splitlines()[0]
+            status, message = 1, f"torch.compile does not work here ({reason}): leave out --compile"
         elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate" in str(error):
             status, message = 1, "there is too little memory for this run; --help lists what saves memory"
         else:
@@ -300,8 +306,8 @@ def command_line(main: Callable[[], None]):
 
 def is_lost(error: RuntimeError) -> bool:
     """Whether another process of the run cannot be reached; gloo's errors have no type of their own."""
-    lost = torch.distributed.is_initialized() and re.search("(?i)gloo|peer", str(error))
-    return isinstance(error, torch.distributed.DistError) or bool(lost)
+    return torch.distributed.is_initialized() and (
+        isinstance(error, torch.distributed.DistError) or bool(re.search("(?i)gloo|peer", str(error))))
 
 
 def end_at_once(status: int):

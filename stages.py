@@ -58,11 +58,10 @@ class FirstStage:
 
     @classmethod
     def of_pixels(cls, config: Any, preparation: data.Preparation, process: run.Process) -> "FirstStage":
-        """The pixel baseline's (§2): 512 colours, by k-means of pixels of about 1,000 training pictures."""
+        """The pixel baseline (§2): a palette of 512 colours, by k-means of some 1,000 training pictures."""
         colours = torch.rand(512, 3)
-        if not config.benchmark:
-            with process.first_alone():  # it may have to download
-                dataset = data.open_dataset(config.data, config.data_dir, "train", preparation)
+        if process.rank == 0 and not config.benchmark:
+            dataset = data.open_dataset(config.data, config.data_dir, "train", preparation)
             batches = min(16, 1 + len(dataset) // 64)
             order = itertools.islice(data.training_order(len(dataset), 64, config.seed), batches)
             images = torch.cat([batch["image"] for batch in data.load(dataset, order, process.device, 0)])

@@ -30,7 +30,7 @@ from cache import encode_pictures, random_codes
 from codebook import entropy
 from gpt import GPT, GPTConfig
 from orderings import ORDERINGS, TokenLayout
-from outputs import Log, picture_grid, save_checkpoint, save_picture, set_random_state
+from outputs import Log, announce, picture_grid, save_checkpoint, save_picture, set_random_state
 from stages import FirstStage, Prior, Sampling, Stages, stages_from_state
 from vq import VQ
 
@@ -100,9 +100,10 @@ class TrainConfig:
             raise ValueError(f"condition_dropout is {self.condition_dropout}; it must lie in [0, 1)")
         if self.condition != "none":
             data.check_offered(self.data, self.condition)
-        if self.pixels and (self.preset == "paper" or self.multiscale or self.vq):
-            raise ValueError("pixels have neither a first stage (--vq) nor coarser scales (--multiscale), "
-                             "and 256×256 are too many: try --preset demo or cifar10, of 32×32 pixels")
+        if self.pixels and self.preset == "paper":
+            raise ValueError("256×256 pixels are too many tokens: try --preset demo or cifar10, of 32×32")
+        if self.pixels and (self.multiscale or self.vq):
+            raise ValueError("pixels have neither a first stage (--vq) nor coarser scales (--multiscale)")
         self.sampling
         self.model(TokenLayout(codebook_size=1, height=1, width=1))
 
@@ -125,7 +126,9 @@ class TrainConfig:
         return [
             (self.data == "scenes", "data_dir views", "the scenes are drawn, not read or augmented"),
             (self.condition not in MAPS, "condition_vq", "only segmentation, depth and pose have one"),
-            (self.condition == "none", "condition_dropout", "there is no condition to drop; add --condition")]
+            (self.condition == "none", "condition_dropout", "there is no condition to drop; add --condition"),
+            (self.benchmark, "resume views codes_dir temperature top_k log_every eval_every checkpoint_every",
+             "a benchmark only measures training steps")]
 
 
 PRESETS = {
@@ -179,8 +182,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         optimizer.step()
         return loss
 
-    if rank == 0:
-        describe(config, prior, training, validation, device)
+    describe(config, prior, training, validation, device)
     if config.benchmark:
         batch = list(range(config.batch_size // world))
         return benchmark_training(lambda: train_step(batch), config, process, "tokens", sum(layout.lengths))
@@ -206,15 +208,15 @@ def main(argv: list[str] | None = None) -> Path | None:
         if due.log:
             text = f"train {means['train']:.3f} nats/token{status_text(scores, layout)} · lr {lr:.1e}"
             log.line(step, text, means | {"lr": lr} | (scores if due.evaluate else {}))
-        if due.evaluate and scores["val"] < best[0]:  # few pictures are overfitted soon
+        if due.evaluate and scores["val"] < best[0]:  # small data sets overfit early
             best = scores["val"], step
             save_checkpoint(config, process, step, prior.state(), "best.pt")
         if due.save:
             save_checkpoint(config, process, step,
                             prior.state() | {"optimizer": optimizer.state_dict(), "best": best})
 
-    if rank == 0 and 0 < best[1] < config.steps:
-        print(f"the lowest validation loss, {best[0]:.3f}, was after step {best[1]}: {config.folder}/best.pt")
+    if 0 < best[1] < config.steps:
+        announce(f"lowest validation loss {best[0]:.3f} after step {best[1]}: {config.folder / 'best.pt'}")
     return log.finish(samples_path)
 
 
@@ -240,15 +242,14 @@ def default_stage(config: TrainConfig, field: str, process: run.Process) -> Firs
     """This preset's first stage of a field, trained to its end if it is not there; or of the pixels."""
     own = replace(train_vq.PRESETS[config.preset], data=config.data, target=field)
     if config.pixels and field == "image":
-        return FirstStage.of_pixels(config, own.preparation, process)
+        return FirstStage.of_pixels(config, replace(own.preparation, upscale=True), process)
     if config.benchmark:  # only its sizes matter
         return FirstStage(VQ(own.model()), field, own.preparation, {})
     path = own.folder / "checkpoint.pt"
     finished = FirstStage.is_finished(path)
     process.wait_for_all()  # nobody writes the file before all have looked
     if not finished:
-        if process.rank == 0:
-            print(f"no finished first stage in {path.parent}: training it first", flush=True)
+        announce(f"no finished first stage in {path.parent}: training it first")
         flags = ["--preset", config.preset, "--data", config.data, "--target", field,
                  "--device", config.device, "--workers", str(config.workers)]
         flags += ["--resume"] if path.exists() else []
@@ -278,12 +279,13 @@ def describe(config: TrainConfig, prior: Prior, training: dict, validation: dict
     layout, parameters = prior.layout, sum(weight.numel() for weight in prior.gpt.parameters())
     sizes = " + ".join(f"{h}×{w}" for h, w in layout.sizes)
     condition = f"{layout.condition_length} tokens of {config.condition} before " if prior.condition else ""
-    unigram = entropy(torch.from_numpy(np.bincount(validation["image"].flatten())))
-    print(f"second stage: {len(training['image']):,} training and {len(validation['image']):,} validation "
-          f"pictures · {condition}{sizes} codes in the order {config.order} · {layout.vocab_size:,} tokens, "
-          f"{layout.block_size} positions, {parameters:,} parameters · {device} · {config.folder}\n"
-          f"baselines: {math.log(layout.codebook_size):.3f} nats/token for a uniform guess, {unigram:.3f} "
-          "for the frequency of each code of the finest grid", flush=True)
+    announce(f"second stage: {condition}{sizes} codes in the order {config.order} · {layout.vocab_size:,} "
+             f"tokens, {layout.block_size} positions, {parameters:,} parameters · {device} · {config.folder}")
+    if not config.benchmark:
+        unigram = entropy(torch.from_numpy(np.bincount(validation["image"].flatten())))
+        announce(f"{len(training['image']):,} training, {len(validation['image']):,} validation pictures · "
+                 f"baselines: {math.log(layout.codebook_size):.3f} nats/token for a uniform guess, "
+                 f"{unigram:.3f} for the frequency of each code of the finest grid")
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@
 Leaves checkpoint.pt, log.jsonl and pictures in --out: inputs above reconstructions, and the use of each code
 (bright: often, red: never). Ctrl-C saves; --resume goes on. files.py says which files are looked for.
 """
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -125,7 +126,7 @@ class TrainConfig:
     @property
     def preparation(self) -> Preparation:
         return Preparation(self.image_size, (self.target,), self.flip, self.upscale, self.void_label,
-                           self.segments)
+                           0 if self.benchmark else self.segments)  # drawn scenes may have more labels
 
     @property
     def folder(self) -> Path:
@@ -145,7 +146,8 @@ class TrainConfig:
             (self.one_hot, "perceptual discriminator_weight", "masks are trained with cross-entropy alone"),
             (not self.perceives, "perceptual_weights perceptual_weight", "there is no --perceptual loss"),
             (not self.adversarial, "discriminator_start discriminator_ramp discriminator_layers",
-             "there is no --discriminator-weight")]
+             "there is no --discriminator-weight"),
+            (self.benchmark, "resume log_every eval_every checkpoint_every", "it only measures steps")]
 
 
 PRESETS = {
@@ -173,8 +175,8 @@ def main(argv: list[str] | None = None) -> Path | None:
         name = "scenes" if config.benchmark else config.data  # they can be drawn in any size
         training, validation = (data.open_dataset(name, config.data_dir, split, config.preparation)
                                 for split in ("train", "val"))
-        perceptual = (PerceptualLoss(config.perceptual_weights, config.perceptual).to(device)
-                      if config.perceives else None)
+        perceptual = (PerceptualLoss(None if config.benchmark else config.perceptual_weights,
+                                     config.perceptual).to(device) if config.perceives else None)
     data.check_files(validation, rank, world, data.worker_count(config.workers, config.data))
     trained_on = describe_data(config, training, checkpoint)
     model_config = (VQConfig(**checkpoint["model_config"]) if checkpoint
@@ -228,10 +230,9 @@ def main(argv: list[str] | None = None) -> Path | None:
              f"{sum(x.numel() for x in vq.parameters()):,} parameters · {device} · {config.folder}")
     order = data.training_order(len(training), config.batch_size, config.seed, first_step, rank, world)
     batches = load_inputs(training, order, config, channels, device)
-    if config.benchmark:
-        images = next(batches)
-        last_step = lambda: train_step(images, config.steps, config.lr)  # with all losses
-        return benchmark_training(last_step, config, process, "images", 1)
+    if config.benchmark:  # with all losses, as in the last step
+        last = functools.partial(train_step, next(batches), config.steps, config.lr)
+        return benchmark_training(last, config, process, "images", 1)
     log = Log(config, process, first_step, "images", config.batch_size,
               lambda step: data.name_batch(training, config.batch_size, config.seed, step))
     scores, picture_path = {}, None

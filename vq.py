@@ -231,7 +231,7 @@ class VQ(nn.Module):
         return vq
 
     def compile_networks(self):
-        """torch.compile all but the quantizer and the last layer, whose gradient alone λ needs (§A.1)."""
+        """torch.compile encoder and decoder but for the last layer: λ takes the gradient there (§A.1)."""
         encoder, body, last = self.encoder[:], self.decoder[:-1], self.decoder[-1]  # the same layers
         self.encoder.forward = torch.compile(lambda images: encoder(images), dynamic=False)
         decode = torch.compile(lambda quantized: body(quantized), dynamic=False)

@@ -27,6 +27,7 @@ import train_vq
 from benchmark import CountOperations
 from gpt import GPT, GPTConfig
 from helpers import ALONE, ROOT, assert_bit_equal, gpt_flags, shell, tensors
+from kernels import causal_attention, causal_attention_triton
 from orderings import ORDERINGS
 from outputs import load_checkpoint
 from stages import FirstStage, Prior
@@ -322,7 +323,7 @@ def test_the_weights_of_the_lowest_validation_loss_are_kept(few_scenes, capsys):
 
 
 def test_compiled_networks_compute_the_same(few_scenes, monkeypatch):
-    """Losses and gradients, also that at the last layer alone (§A.1, λ), in which nothing else is computed."""
+    """Losses and gradients, also that at the last layer alone (§A.1, λ)."""
     compile, compiled = torch.compile, []
 
     def traced(network, **options):  # "aot_eager": without a C++ compiler, which a machine may lack
@@ -369,6 +370,11 @@ def test_operations_are_counted_forwards_and_backwards():
     with CountOperations() as counted:
         (x @ weight).sum().backward()  # one product forwards, one for the weight's gradient
     assert counted.flops == 2 * (2 * 7 * 5 * 3)
+    for attention in (causal_attention, causal_attention_triton):
+        query, key, value = torch.rand(3, 1, 2, 8, 4, requires_grad=True).unbind(0)
+        with CountOperations() as counted:
+            attention(query, key, value).sum().backward()  # two products of 8×8×4 a head, then five
+        assert counted.flops == 7 * (2 * 2 * 8 * 8 * 4)
 
 
 class Pixels:
@@ -428,6 +434,8 @@ def test_no_mistake_ends_in_a_traceback(pictures, first_stage, second_stage, tmp
     Path("runs/vq-demo-folder").mkdir(parents=True)
     Path("runs/vq-demo-folder/checkpoint.pt").write_bytes(first_stage.read_bytes())
     Path("mine").mkdir()
+    Path("best").mkdir()
+    Path("best/checkpoint.pt").write_bytes(second_stage.with_name("best.pt").read_bytes())
     for name in "ab":
         Image.new("RGB", (16, 16)).save(f"mine/{name}.png")
     out = tmp_path / "out"
@@ -450,6 +458,9 @@ def test_no_mistake_ends_in_a_traceback(pictures, first_stage, second_stage, tmp
             ([*gpt, "--condition", "depth", "--condition-vq", first_stage], 1, "a first stage of image in"),
             ([*gpt, "--condition", "class"], 1, "is in no class folder"),
             (here, 2, "already holds a run (4 of 4 steps done); add --resume"),
+            (["--resume", "--out", "best"], 2, "holds weights only, as best.pt does: sample from it"),
+            (["--benchmark", "--resume"], 2, "--resume has no effect here: a benchmark only"),
+            (["--pixels", "--preset", "paper"], 2, "256×256 pixels are too many tokens"),
             (["--resume", "--out", second_stage.parent, "--n-layer", "3"], 2, "n_layer is 3 but the run in")]:
         code, _, errors = shell("train_gpt.py", flags, monkeypatch, capsys)
         assert (code, errors.count("\n"), errors[:14]) == (status, 1, "train_gpt.py: "), (flags, errors)

@@ -65,7 +65,7 @@ def main():
     images = test.images.reshape(-1, 3, 32, 32)
     real = all_features(weights, images)
     logits = real @ weights["linear.weight"].double().numpy().T + weights["linear.bias"].double().numpy()
-    print(f"accuracy on {len(images):,} test pictures: {(logits.argmax(1) == test.labels[:, 0]).mean():.2%}")
+    print(f"accuracy on {len(images):,} test pictures: {(logits.argmax(1) == test.labels).mean():.2%}")
     some = train.images[np.random.default_rng(0).permutation(len(train))[:5000]].reshape(-1, 3, 32, 32)
     print(f"5,000 training pictures: {frechet(all_features(weights, some), real):.3f}")
     for folder in folders:
