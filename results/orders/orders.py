@@ -21,7 +21,6 @@ sys.path.insert(0, str(ROOT))
 from orderings import ORDERINGS
 from outputs import save_picture
 
-SEEDS = (0, 1, 2)
 COLOURS = {"row": "#000000", "spiral": "#d62728", "zcurve": "#2ca02c", "subsample": "#1f77b4",
            "alternate": "#ff7f0e"}
 GPT = "--n-layer 4 --n-head 4 --n-embd 160 --dropout 0 --batch-size 16 --lr 2e-3 --warmup-steps 100".split()
@@ -92,13 +91,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=FLAGS)
     parser.add_argument("--data-dir", default="")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/orders"), help="folder of the runs")
     arguments = parser.parse_args()
     where = ["--data-dir", arguments.data_dir] if arguments.data_dir else []
     runs, (vq_flags, gpt_flags) = arguments.runs / arguments.name, FLAGS[arguments.name]
     train("train_vq.py", [*vq_flags, *where], runs / "vq")
     curves = {order: [] for order in ORDERINGS}
-    for seed in SEEDS:
+    for seed in range(arguments.seeds):
         for order in ORDERINGS:
             out = runs / f"{order}-{seed}"
             train("train_gpt.py", [*gpt_flags, *where, "--vq", runs / "vq" / "checkpoint.pt", "--order", order,
