@@ -60,10 +60,11 @@ def main():
                 sample(prior, 1, cached)
             flops[name] = counted.flops
         pixels, codes = (statistics.median(each[1:]) for each in times.values())
+        arithmetic = flops["pixels"] / flops["codes"]
         ratios = sorted(a / b for a, b in zip(times["pixels"][1:], times["codes"][1:]))
         print(f"{'with' if cached else 'without'} the cache: {pixels:.3g} s a picture of pixels, {codes:.3g} s of codes: "
-              f"{pixels / codes:.2f} times as long ({ratios[0]:.2f} to {ratios[-1]:.2f}); arithmetic "
-              f"{flops['pixels'] / flops['codes']:.2f}", flush=True)
+              f"{pixels / codes:.2f} times as long ({ratios[0]:.2f} to {ratios[-1]:.2f}) for {arithmetic:.2f} times as many "
+              f"operations, {arithmetic * codes / pixels:.2f} times as many a second", flush=True)
 
 
 if __name__ == "__main__":
