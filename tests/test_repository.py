@@ -99,7 +99,8 @@ def test_every_documented_command_is_understood(tmp_path, monkeypatch):
     commands = documented_commands()
     assert len(commands) >= 10
     for command in commands:
-        command = command.replace("…", "x").replace("$order", "row").replace("$condition", "depth").replace("$weight", "1")
+        for name, value in (("…", "x"), ("$order", "row"), ("$condition", "depth"), ("$weight", "1")):
+            command = command.replace(name, value)
         script, *flags = shlex.split(command)
         run.configure(SCRIPTS[script].PRESETS, flags)
 

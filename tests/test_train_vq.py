@@ -83,7 +83,7 @@ def log_of(path: Path) -> list[dict]:
 def open_split(path: Path, split: str, order: list) -> tuple[train_vq.TrainConfig, list[torch.Tensor]]:
     """The config of a checkpoint, and the inputs of batches of its data."""
     config = train_vq.TrainConfig(**read(path)["config"])
-    dataset = data.open_dataset(config.data, config.data_dir, split, data.Preparation(**read(path)["preparation"]))
+    dataset = data.open_dataset(config.data, config.data_dir, split, config.preparation)
     channels = read(path)["model_config"]["image_channels"]
     return config, list(train_vq.load_inputs(dataset, order, config, channels, ALONE.device))
 
@@ -358,7 +358,7 @@ def test_dead_codes_move_onto_encoder_outputs_without_old_moments_and_nothing_el
 
 def test_the_picture_of_use_is_red_for_unused_codes_and_brighter_for_frequent_ones(trained, tmp_path):
     config = train_vq.TrainConfig(**read(trained)["config"])
-    validation = data.open_dataset("folder", config.data_dir, "val", data.Preparation(**read(trained)["preparation"]))
+    validation = data.open_dataset("folder", config.data_dir, "val", config.preparation)
     counts = torch.tensor([0.0, 99, 9, 1, 0])
     train_vq.draw(VQ(config.model()), validation, counts, config, tmp_path / "use.png")
     pixels = np.asarray(Image.open(tmp_path / "use-codes.png"))
@@ -370,7 +370,7 @@ def test_the_picture_of_use_is_red_for_unused_codes_and_brighter_for_frequent_on
 def test_a_collapsed_codebook_warns_and_says_what_helps(trained, capsys):
     config, (images,) = open_split(trained, "val", data.fixed_order(4, 4))
     config = dataclasses.replace(config, codebook_size=32)
-    validation = data.open_dataset("folder", config.data_dir, "val", data.Preparation(**read(trained)["preparation"]))
+    validation = data.open_dataset("folder", config.data_dir, "val", config.preparation)
     vq = VQ(config.model())
     for used in (1, 2):
         vq.quantizer.codebook.data.fill_(100.0)
