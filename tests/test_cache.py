@@ -1,4 +1,4 @@
-"""The code cache. Oracles: pictures and an encoder whose codes can be written down; a folder's files, counted."""
+"""The code cache. Oracles: pictures and an encoder whose codes can be written down; files, counted."""
 import itertools
 import multiprocessing
 import os
