@@ -3,9 +3,9 @@
     python results/efficiency/frechet.py WEIGHTS CIFAR SAMPLES [SAMPLES ...]
 
 WEIGHTS: state dict of a public CIFAR ResNet-20 (He et al., option A), pixels in [0, 1] less ImageNet's mean over
-its deviation. CIFAR: folder of CIFAR-10. SAMPLES: folders that `sample.py --count 5000 --out` has written. Prints
-the network's accuracy on the test pictures (91.7 %), and distances to the test pictures: of 5,000 training
-pictures, which is the floor, and of each folder.
+its deviation. CIFAR: folder of CIFAR-10. SAMPLES: folders that `sample.py --count N --out` has written. Prints the
+network's accuracy on the test pictures (91.7 %), and distances to the test pictures: of as many training pictures
+as the first folder has samples, which is the floor, and of each folder.
 """
 import sys
 from pathlib import Path
@@ -66,8 +66,9 @@ def main():
     real = all_features(weights, images)
     logits = real @ weights["linear.weight"].double().numpy().T + weights["linear.bias"].double().numpy()
     print(f"accuracy on {len(images):,} test pictures: {(logits.argmax(1) == test.labels).mean():.2%}")
-    some = train.images[np.random.default_rng(0).permutation(len(train))[:5000]].reshape(-1, 3, 32, 32)
-    print(f"5,000 training pictures: {frechet(all_features(weights, some), real):.3f}")
+    count = len(list(Path(folders[0]).glob("[0-9]*[0-9].png"))) if folders else 5000
+    some = train.images[np.random.default_rng(0).permutation(len(train))[:count]].reshape(-1, 3, 32, 32)
+    print(f"{count:,} training pictures: {frechet(all_features(weights, some), real):.3f}")
     for folder in folders:
         files = sorted(Path(folder).glob("[0-9]*[0-9].png"))
         pictures = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files]).transpose(0, 3, 1, 2)
