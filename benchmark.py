@@ -57,14 +57,14 @@ def benchmark_training(train_step: Callable[[], Any], config: Any, process: Proc
         train_step()
     measure(train_step)  # compiles, and chooses algorithms
     once = float(process.total(torch.tensor(measure(train_step), device=device))) / process.world
-    seconds = statistics.median(measure(train_step) for _ in range(round(min(30, max(3, 20 / once)))))
+    seconds = statistics.median(measure(train_step) for _ in range(round(min(10, max(3, 20 / once)))))
     rate = counted.flops / seconds
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     peak = next((peak for gpu, peak in PEAKS.items() if gpu in name), None)
     if not peak:
         x = torch.rand(2048, 2048, device=device)
         with autocast(device):
-            peak = 2 * 2048**3 / min(measure(lambda: x @ x) for _ in range(10))
+            peak = 2 * 2048**3 / min(measure(lambda: x @ x) for _ in range(5))
     if process.rank == 0:
         print(f"{seconds * 1e3:.4g} ms/step · {si(config.batch_size * units / seconds)} {unit}/s · "
               f"{rate / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s ({rate / peak:.0%} of {name}'s peak) · "
