@@ -4,17 +4,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
-from files import Preparation
+import cifar10
+import scenes
+from files import RESTRICTED, Preparation
 from gpt import GPT, GPTConfig
 from kernels.causal_attention import OPERATORS
 from orderings import TokenLayout
-from outputs import duration, memory, si
+from outputs import announce, duration, memory, si
 from run import Process, autocast
-from stages import FirstStage, Prior, Sampling
+from stages import FirstStage, Prior, Sampling, Stages
 from vq import VQ, VQConfig
 
 ATEN = torch.ops.aten
@@ -65,12 +68,21 @@ def benchmark_training(train_step: Callable[[], Any], config: Any, process: Proc
         x = torch.rand(2048, 2048, device=device)
         with autocast(device):
             peak = 2 * 2048**3 / min(measure(lambda: x @ x) for _ in range(5))
-    if process.rank == 0:
-        print(f"{seconds * 1e3:.4g} ms/step · {si(config.batch_size * units / seconds)} {unit}/s · "
-              f"{rate / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s ({rate / peak:.0%} of {name}'s peak) · "
-              f"{memory(device):.1f} GiB\n{config.steps:,} steps of {config.batch_size} pictures, "
-              f"{config.steps * config.batch_size:,} in all: {duration(config.steps * seconds)}, without "
-              "loading, evaluation and saving")
+    announce(f"{seconds * 1e3:.4g} ms/step · {si(config.batch_size * units / seconds)} {unit}/s · "
+             f"{rate / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s ({rate / peak:.0%} of {name}'s peak) · "
+             f"{memory(device):.1f} GiB\n{config.steps:,} steps of {config.batch_size} pictures, "
+             f"{config.steps * config.batch_size:,} in all: {duration(config.steps * seconds)}, without "
+             "loading, evaluation and saving")
+
+
+def random_codes(config: Any, stages: Stages) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
+    """A batch of random codes, of the shape and in the place of what `encode_pictures` returns."""
+    random, B = np.random.default_rng(config.seed), config.batch_size
+    known = {"scenes": scenes.CLASSES, "cifar10": cifar10.CLASSES, "restricted-imagenet": tuple(RESTRICTED)}
+    names = known.get(config.data, tuple(map(str, range(1000)))) if "class" in stages else ()
+    codes = {field: random.integers(stage.codebook_size, size=(B, stage.side, stage.side)) if stage
+             else random.integers(len(names), size=B) for field, stage in stages.items()}
+    return codes, codes, {"classes": list(names)}
 
 
 def benchmark_sampling(prior: Prior, batch_size: int, sampling: Sampling):

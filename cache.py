@@ -180,14 +180,3 @@ def encode_pictures(config: Any, stages: Stages, checkpoint: dict | None,
     validation, training = (cache.codes(split, datasets[split], stages, process, workers)
                             for split in ("val", "train"))  # an unreadable file of validation is found first
     return training, {field: views.arrays[0] for field, views in validation.items()}, trained_on
-
-
-def random_codes(config: Any, stages: Stages, checkpoint: dict | None,
-                 process: run.Process) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
-    """In place of `encode_pictures`, for a benchmark: a batch of random codes."""
-    random = np.random.default_rng(config.seed)
-    classes = {"scenes": 4, "cifar10": 10, "restricted-imagenet": 9}.get(config.data, 1000)
-    B = config.batch_size
-    codes = {field: random.integers(stage.codebook_size, size=(B, stage.side, stage.side)) if stage
-             else random.integers(classes, size=B) for field, stage in stages.items()}
-    return codes, codes, {"classes": list(map(str, range(classes if "class" in stages else 0)))}

@@ -155,11 +155,11 @@ class Files:
         for index, sentence in unreadable.items():
             if index not in self.unreadable:
                 self.unreadable.add(index)
-                count = f"{len(self.unreadable)} of {len(self):,}"
-                print(f"skipped in training, {count} so far: {sentence}", flush=True)
+                print(f"skipped in training, {len(self.unreadable)} of {len(self):,} so far: {sentence}",
+                      flush=True)
         if len(self.unreadable) > self.tolerated:
-            raise ValueError(f"{count} training pictures cannot be read, and at most "
-                             f"{self.tolerated} may be skipped: remove or replace those named above")
+            raise ValueError(f"{len(self.unreadable)} of {len(self):,} training pictures cannot be read, and "
+                             f"at most {self.tolerated} may be skipped: remove or replace those named above")
 
     def segments(self) -> int:
         """Labels of the masks: one more than the largest, for which all are read."""

@@ -63,8 +63,8 @@ class PerceptualLoss(nn.Module):
 
     `weights_path` is a plain state dict with the classifier's `features.N.weight/bias` and the heads
     `linI.model.1.weight`; "" downloads both, once; None takes random numbers, for a benchmark. LPIPS is a
-    fixed metric: frozen, always in eval mode.
-    Raises ValueError for a backbone or file that does not fit, FileNotFoundError for one that is not there.
+    fixed metric: frozen, always in eval mode. Raises ValueError for a backbone or file that does not fit,
+    FileNotFoundError for one that is not there.
     """
 
     def __init__(self, weights_path: str | Path | None, backbone: str = "vgg16"):
@@ -78,14 +78,13 @@ class PerceptualLoss(nn.Module):
         # ImageNet's mean and deviation, (.485, .456, .406) and (.229, .224, .225), for [−1, 1]: LPIPS v0.1.
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
-        files = [Path(weights_path)] if weights_path else []
-        if weights_path == "":
-            files = [download(*file) for file in DOWNLOADS[backbone]]
-        weights = {re.sub(r"^lin(\d)\.model\.1\.weight$", r"heads.\1", str(name)): weight.float()
-                   for file in files for name, weight in read_weights(file).items()
-                   if not str(name).startswith("classifier.")}  # the last layers of torchvision's networks
         if weights_path is None:
-            weights = {name: torch.rand(weight.shape) / 100 for name, weight in self.state_dict().items()}
+            files, weights = [], {name: torch.rand(x.shape) / 100 for name, x in self.state_dict().items()}
+        else:
+            files = [Path(weights_path)] if weights_path else [download(*x) for x in DOWNLOADS[backbone]]
+            weights = {re.sub(r"^lin(\d)\.model\.1\.weight$", r"heads.\1", str(name)): weight.float()
+                       for file in files for name, weight in read_weights(file).items()
+                       if not str(name).startswith("classifier.")}  # torchvision's last layers
         try:
             self.load_state_dict(weights, assign=True)
         except RuntimeError as error:  # a title, then a line for each kind of problem

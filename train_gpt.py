@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import run
 import train_vq
-from benchmark import benchmark_training
-from cache import encode_pictures, random_codes
+from benchmark import benchmark_training, random_codes
+from cache import encode_pictures
 from codebook import entropy
 from gpt import GPT, GPTConfig
 from orderings import ORDERINGS, TokenLayout
@@ -152,8 +152,8 @@ def main(argv: list[str] | None = None) -> Path | None:
 
     # The frozen first stages, and each picture's codes, which are computed once and cached.
     stages = open_stages(config, checkpoint, process)
-    encode = random_codes if config.benchmark else encode_pictures
-    training, validation, trained_on = encode(config, stages, checkpoint, process)
+    training, validation, trained_on = (random_codes(config, stages) if config.benchmark else
+                                        encode_pictures(config, stages, checkpoint, process))
     layout = token_layout(config, stages, classes=len(trained_on["classes"]))
 
     # Seeded again: the weights must not depend on whether a first stage was trained just before.

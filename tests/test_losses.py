@@ -241,6 +241,13 @@ def slow_discriminator(weights: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.conv2d(torch.where(x > 0, x, 0.2 * x), weights["main.11.weight"], weights["main.11.bias"], 1, 1)
 
 
+def test_for_a_benchmark_lpips_has_random_weights_and_needs_no_file(monkeypatch):
+    monkeypatch.setattr(losses, "download", None)
+    for backbone, size in losses.SMALLEST.items():
+        distances = PerceptualLoss(None, backbone)(torch.rand(2, 3, size, size), torch.rand(2, 3, size, size))
+        assert distances.shape == (2,) and (distances > 0).all() and distances.isfinite().all()
+
+
 def test_the_discriminator_is_pix2pixs_with_the_sizes_and_names_of_the_authors():
     network, images = PatchDiscriminator(), pictures(3, 40)
     assert torch.allclose(network(images), slow_discriminator(network.state_dict(), images), atol=1e-4)

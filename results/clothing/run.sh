@@ -13,7 +13,7 @@ python train_gpt.py --preset demo --data folder --data-dir $1 --vq runs/vq-cloth
 python train_gpt.py --preset demo --data folder --data-dir $1 --out runs/gpt-clothing --resume --steps 11000
 BEST=runs/gpt-clothing/best.pt
 python sample.py --checkpoint $BEST --class dress,hat,longsleeve,outwear,pants,shirt,shoes,shorts,skirt,t-shirt --count 8 --guidance 2 \
-    --out results/clothing/samples.png
+    --out results/clothing/samples.jpg
 for class in dress pants shoes; do
     mkdir -p runs/clothing-$class && cp $(ls $1/val/$class/*.jpg | head -2) runs/clothing-$class/
     python sample.py --checkpoint $BEST --class $class --complete runs/clothing-$class/ --hide --count 5 --out results/clothing/completion-$class.png

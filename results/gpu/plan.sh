@@ -35,7 +35,7 @@ case $PART in
         log "gpt_12x256$compile" $PYTHON train_gpt.py $PAPER --benchmark $SMALL $compile
         log "gpt_64x512$compile" $PYTHON train_gpt.py $PAPER --data scenes --condition depth --benchmark $LARGE $SMALL $compile
     done
-    log first_stage $PYTHON train_vq.py $PAPER --perceptual none --benchmark
+    log first_stage $PYTHON train_vq.py $PAPER --benchmark
     log gpt_step $PYTHON results/kernels/gpt_step.py
     [ -z "$TINY" ] && log sampling $PYTHON sample.py --preset paper --benchmark
     log pixels_or_codes $PYTHON results/efficiency/times.py $([ -n "$TINY" ] && echo --n-layer 1 --n-embd 64 --rounds 1) \
