@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -279,7 +280,7 @@ def command_line(main: Callable[[], None]):
     except KeyboardInterrupt as error:
         status, message = 130, str(error) or "interrupted; checkpoints and finished code caches are intact"
     except UsageError as error:
-        status, message = 2, str(error) if os.environ.get("RANK", "0") == "0" else None  # all have the same
+        status, message = 2, str(error)
     except (ValueError, OSError) as error:
         # An error in a worker process arrives with that process's traceback in front of the sentence.
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -298,6 +299,8 @@ def command_line(main: Callable[[], None]):
         else:
             raise
     if message:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(3)  # of a mistake that all make the first one tells: torchrun then ends the others
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     if torch.distributed.is_initialized():
         end_at_once(status)

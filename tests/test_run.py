@@ -143,6 +143,14 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
             run.command_line(main)
         shown = capsys.readouterr().err
         assert ending.value.code == status and shown.startswith(sentence) and len(shown.splitlines()) <= 1
+    # Of a mistake that all processes make the first one tells: until the others do, torchrun has ended them.
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(time, "sleep", lambda seconds: print(f"{seconds >= 2}, then ", end="", file=sys.stderr))
+    with pytest.raises(SystemExit):
+        error = ValueError("a bad file")
+        run.command_line(main)
+    assert capsys.readouterr().err == "True, then s.py: a bad file\n"
+    monkeypatch.delenv("RANK")
     with pytest.raises(RuntimeError, match="a mistake of ours"):  # needs its traceback
         error = RuntimeError("a mistake of ours")
         run.command_line(main)
