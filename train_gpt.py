@@ -134,8 +134,8 @@ class TrainConfig:
 PRESETS = {
     "demo": TrainConfig(  # 2 CPU cores: 2m14s, about twice that with a map, and 45 s for each first stage
         preset="demo", data="scenes", data_dir="data", n_layer=4, n_head=4, n_embd=160, gelu="none",
-        steps=2300, batch_size=16, lr=2e-3, weight_decay=0.1, clip=1.0, warmup_steps=100, decay=True,
-        eval_every=1150, checkpoint_every=575),
+        steps=1900, batch_size=16, lr=3e-3, weight_decay=0.1, clip=1.0, warmup_steps=100, decay=True,
+        eval_every=950, checkpoint_every=475),
     "cifar10": TrainConfig(
         preset="cifar10", data="cifar10", data_dir="data", views=2, n_layer=12, n_head=8, n_embd=256,
         dropout=0.1, gelu="none", steps=40_000, batch_size=128, lr=1e-3, weight_decay=0.1, clip=1.0,

@@ -126,7 +126,7 @@ def test_every_weight_learns():
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_initial_weights_are_those_of_gpt2():
+def test_initial_weights_are_those_of_gpt2_and_larger_in_narrower_networks():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=200, block_size=100, n_layer=8, n_head=2, n_embd=64))
     for name, parameter in model.named_parameters():
@@ -134,9 +134,9 @@ def test_initial_weights_are_those_of_gpt2():
             assert (parameter == (1 if "norm" in name and name.endswith("weight") else 0)).all(), name
         else:
             residual = name.endswith(("attention.out.weight", "mlp.2.weight"))
-            expected = 0.02 / math.sqrt(2 * 8) if residual else 0.02
+            expected = 0.08 / math.sqrt(2 * 8) if residual else 0.08  # 0.02 where it is 1,024 wide, not 64
             assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
-            assert abs(parameter.mean().item()) < 0.001, name
+            assert abs(parameter.mean().item()) < 0.06 * expected, name
 
 
 @pytest.mark.parametrize("place", ["embedding", "attention", "mlp"])

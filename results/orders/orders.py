@@ -23,12 +23,12 @@ from outputs import save_picture
 
 COLOURS = {"row": "#000000", "spiral": "#d62728", "zcurve": "#2ca02c", "subsample": "#1f77b4",
            "alternate": "#ff7f0e"}
-GPT = "--n-layer 4 --n-head 4 --n-embd 160 --dropout 0 --batch-size 16 --lr 2e-3 --warmup-steps 100".split()
+GPT = "--n-layer 4 --n-head 4 --n-embd 160 --dropout 0 --batch-size 16 --lr 3e-3 --warmup-steps 100".split()
 FLAGS = {  # of train_vq.py, of train_gpt.py
-    "scenes": (["--preset", "demo"], ["--preset", "demo", "--eval-every", "230"]),
+    "scenes": (["--preset", "demo"], ["--preset", "demo", "--eval-every", "190"]),
     "cifar10": ("--preset cifar10 --base-channels 32 --channel-multipliers 1,2,2 --residual-blocks 1 --code-width 64 "
                 "--codebook-size 512 --batch-size 16 --steps 2000 --lr 1e-3 --eval-every 1000".split(),
-                ["--preset", "cifar10", *GPT, *"--views 1 --steps 3000 --eval-every 300".split()])}
+                ["--preset", "cifar10", *GPT, *"--views 1 --steps 2000 --eval-every 400".split()])}
 
 
 def train(script: str, flags: list[str], out: Path):
