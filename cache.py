@@ -37,62 +37,45 @@ class Views:
         return np.stack([self.arrays[i // N][i % N] for i in index])
 
 
-@dataclass(frozen=True)
-class CodeCache:
-    """Where the codes of data sets are kept, and how many augmented encodings of each training picture.
+def cached_codes(config: Any, split: str, dataset, stages: Stages, process: run.Process) -> dict[str, Views]:
+    """Codes of each field of a data set, each view (N, h, w) uint16; of a class (N,).
 
-    A file for each field and view. Its name is the hash of all that its codes depend on: network, pictures,
-    augmentation. So a stale file is never read, runs of all orders share one, and more views add files.
+    Pictures of training have `config.views` views, the first without augmentation; others have that alone.
+    Each view has a file for each field, complete or absent, whose name is the hash of all that its codes
+    depend on: network, pictures, augmentation. So a stale file is never read, runs of all orders share one,
+    and more views add files. All fields are encoded in one pass, by all processes of the run.
+    Raises OSError for a full disk, ValueError for a damaged file.
     """
-    directory: Path
-    seed: int
-    views: int  # per training picture; the first is not augmented
-
-    def codes(self, split: str, dataset, stages: Stages, process: run.Process,
-              workers: int) -> dict[str, Views]:
-        """Codes of each field of a data set, each view (N, h, w) uint16; of a class (N,).
-
-        All fields are read and encoded in one pass, by all processes of the run. Each file is complete or
-        absent. Raises OSError for a full disk, ValueError for a damaged file.
-        """
-        N, keys = len(dataset), [None]  # of the augmentation of each view
-        if split == "train":
-            keys += [(self.seed, view) for view in range(1, self.views)]
-        shapes = {field: (N, stage.side, stage.side) if stage else (N,) for field, stage in stages.items()}
-        paths = self.name_files(dataset, stages, keys)
-        # The first process decides, and names the files: all write the same.
-        missing = [name for name, path in paths.items() if not path.is_file()]
+    N, keys = len(dataset), [None]  # of the augmentation of each view
+    if split == "train":
+        keys += [(config.seed, view) for view in range(1, config.views)]
+    shapes = {field: (N, stage.side, stage.side) if stage else (N,) for field, stage in stages.items()}
+    networks = {field: stage and stage.hash() for field, stage in stages.items()}
+    directory, fingerprint = Path(config.codes_dir), dataset.fingerprint()
+    views = {field: Views([]) for field in stages}
+    for view, key in enumerate(keys, 1):
+        names = {field: hashlib.sha256(json.dumps([field, network, fingerprint, key]).encode())
+                 for field, network in networks.items()}
+        paths = {field: directory / f"codes-{name.hexdigest()[:16]}.npy" for field, name in names.items()}
+        # The first process decides, and names the unfinished files: all write the same.
+        missing = [field for field, path in paths.items() if not path.is_file()]
         identity, missing = process.agree([os.urandom(4).hex(), missing])
-        parts = {name: paths[name].with_suffix(f".{identity}.part") for name in missing}
-        with contextlib.ExitStack() as reserved:
-            if missing and process.rank == 0:
-                remove_abandoned(self.directory)
-                for (_, field), part in parts.items():
-                    reserved.enter_context(reserve(part, shapes[field]))
-            process.wait_for_all()
-            for view, key in enumerate(keys):
-                files = {field: parts[view, field] for field in stages if (view, field) in parts}
-                if files:
-                    announce(f"encoding {N:,} pictures ({' and '.join(files)}) into {self.directory}"
-                             + (f", view {view + 1} of {len(keys)}" if len(keys) > 1 else ""))
-                    encode(dataset, key, stages, files, process, workers)
-                    process.wait_for_all()
-                    if process.rank == 0:
-                        for field, part in files.items():
-                            part.replace(paths[view, field])
-        process.wait_for_all()
-        return {field: Views([read_codes(paths[view, field], shapes[field]) for view in range(len(keys))])
-                for field in stages}
-
-    def name_files(self, dataset, stages: Stages, keys: list[data.Key]) -> dict[tuple[int, str], Path]:
-        """The file of each view and field."""
-        fingerprint, paths = dataset.fingerprint(), {}
-        for field, stage in stages.items():
-            network = stage and stage.hash()
-            for view, key in enumerate(keys):
-                digest = hashlib.sha256(json.dumps([field, network, fingerprint, key]).encode()).hexdigest()
-                paths[view, field] = self.directory / f"codes-{digest[:16]}.npy"
-        return paths
+        if missing:
+            announce(f"encoding {N:,} pictures ({' and '.join(missing)}) into {directory}"
+                     + (f", view {view} of {len(keys)}" if len(keys) > 1 else ""))
+            parts = {field: paths[field].with_suffix(f".{identity}.part") for field in missing}
+            with contextlib.ExitStack() as reserved:
+                if process.rank == 0:
+                    remove_abandoned(directory)
+                    for field, part in parts.items():
+                        reserved.enter_context(reserve(paths[field], part, shapes[field]))
+                process.wait_for_all()
+                encode(dataset, key, stages, parts, process, data.worker_count(config.workers, config.data))
+                process.wait_for_all()
+            process.wait_for_all()  # until they have their names
+        for field, path in paths.items():
+            views[field].arrays.append(read_codes(path, shapes[field]))
+    return views
 
 
 def encode(dataset, key: data.Key, stages: Stages, files: dict[str, Path], process: run.Process,
@@ -102,30 +85,30 @@ def encode(dataset, key: data.Key, stages: Stages, files: dict[str, Path], proce
     order = data.fixed_order(len(dataset), 64, key, process.rank, process.world)
     for batch, values in zip(order, data.load(dataset, order, process.device, workers)):
         for field, array in arrays.items():
-            stage = stages[field]
-            codes = stage.encode(values[field]) if stage else values[field]
+            codes = stages[field].encode(values[field]) if stages[field] else values[field]
             array[[i for i, _ in batch]] = codes.cpu().numpy().astype(np.uint16)
     for array in arrays.values():
         array.flush()
 
 
 @contextlib.contextmanager
-def reserve(path: Path, shape: tuple[int, ...]) -> Iterator[None]:
-    """A file for codes of that shape, locked while it is written, and removed if it was not renamed then.
+def reserve(path: Path, part: Path, shape: tuple[int, ...]) -> Iterator[None]:
+    """A file for codes of that shape: `part`, locked while it is written, which then becomes `path`.
 
     Raises OSError if the disk is too full, rather than a crash later.
     """
     try:
-        with writing(path, "make room, or name another folder with --codes-dir"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open_locked(path)
-            np.lib.format.open_memmap(path, "w+", np.uint16, shape).flush()
+        with writing(part, "make room, or name another folder with --codes-dir"):
+            part.parent.mkdir(parents=True, exist_ok=True)
+            file = open_locked(part)
+            np.lib.format.open_memmap(part, "w+", np.uint16, shape).flush()
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
         with file:
             yield
+            part.replace(path)
     finally:
-        path.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def open_locked(path: Path) -> BinaryIO:
@@ -159,7 +142,7 @@ def read_codes(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 def encode_pictures(config: Any, stages: Stages, checkpoint: dict | None,
                     process: run.Process) -> tuple[dict[str, Views], dict[str, np.ndarray], dict]:
-    """Codes of training and validation pictures by field, (N, h, w) uint16 or labels (N,); see CodeCache.
+    """Codes of training and validation pictures by field; see `cached_codes`.
 
     Also a description of the data set. Image and condition are read together: crop and flip agree.
     """
@@ -171,12 +154,10 @@ def encode_pictures(config: Any, stages: Stages, checkpoint: dict | None,
             raise ValueError(f"the first stage of images was trained at {preparation.size} pixels, that of "
                              f"{config.condition} at {own.size}; they must agree")
         preparation = replace(preparation, void_label=own.void_label, segments=own.segments)
-    cache = CodeCache(Path(config.codes_dir), config.seed, config.views)
     with process.first_alone():  # it may have to download
         datasets = {split: data.open_dataset(config.data, config.data_dir, split, preparation)
                     for split in ("train", "val")}
     trained_on = describe_data(config, datasets["train"], checkpoint)
-    workers = data.worker_count(config.workers, config.data)
-    validation, training = (cache.codes(split, datasets[split], stages, process, workers)
+    validation, training = (cached_codes(config, split, datasets[split], stages, process)
                             for split in ("val", "train"))  # an unreadable file of validation is found first
     return training, {field: views.arrays[0] for field, views in validation.items()}, trained_on

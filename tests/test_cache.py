@@ -1,4 +1,5 @@
 """The code cache. Oracles: pictures and an encoder whose codes can be written down; files, counted."""
+import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from cache import CodeCache
+import train_gpt
+from cache import cached_codes
 from helpers import ALONE
 from picture_files import opened, save
 
@@ -49,7 +51,8 @@ class Encoder:
 
 def cache(directory: Path, dataset, encoder, views: int = 1, seed: int = 0, split: str = "train",
           **others) -> np.ndarray:
-    codes = CodeCache(directory, seed, views).codes(split, dataset, {"image": encoder} | others, ALONE, 0)
+    config = dataclasses.replace(train_gpt.PRESETS["demo"], codes_dir=str(directory), seed=seed, views=views)
+    codes = cached_codes(config, split, dataset, {"image": encoder} | others, ALONE)
     return codes["image"].arrays[0] if not others and views == 1 else codes
 
 
