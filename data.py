@@ -14,6 +14,7 @@ import colorsys
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -73,11 +74,9 @@ class Scenes:
         return len(scenes.SEGMENTS)
 
     def fingerprint(self) -> str:
-        drawn = hashlib.sha256()  # of some pictures, for the program may draw others one day
-        for index in range(64):
-            for values in self[index, None].values():
-                drawn.update(values.tobytes())
-        return f"{self.digest()} {self.size} {self.fields} {drawn.hexdigest()}"
+        # Of some pictures, for the program may draw others one day.
+        drawn = b"".join(values.tobytes() for i in range(64) for values in self[i, None].values())
+        return f"{self.digest()} {self.size} {self.fields} {hashlib.sha256(drawn).hexdigest()}"
 
     def digest(self) -> str:
         return f"scenes {self.split} {len(self)}"
@@ -264,15 +263,12 @@ def training_order(count: int, batch_size: int, seed: int, start: int = 0, rank:
 
     Of each batch of `batch_size`, process `rank` of `world` gets every world-th element.
     """
-    epoch, order = -1, np.empty(0, np.int64)
-    for n in range(start * batch_size, 2**62, batch_size):
-        batch = []
-        for position in range(n, n + batch_size):
-            if position // count != epoch:
-                epoch = position // count
-                order = np.random.default_rng((seed, epoch)).permutation(count)
-            batch.append((int(order[position % count]), (seed, epoch)))
-        yield batch[rank::world]
+    first, position = divmod(start * batch_size, count)  # epoch, and position in it
+    items = ((int(index), (seed, epoch)) for epoch in itertools.count(first)
+             for index in np.random.default_rng((seed, epoch)).permutation(count))
+    items = itertools.islice(items, position, None)
+    while True:
+        yield list(itertools.islice(items, batch_size))[rank::world]
 
 
 def name_batch(dataset, batch_size: int, seed: int, step: int) -> str:
