@@ -70,7 +70,7 @@ def cached_codes(config: Any, split: str, dataset, stages: Stages, process: run.
                     for field, part in parts.items():
                         reserved.enter_context(reserve(paths[field], part, shapes[field]))
                 process.wait_for_all()
-                encode(dataset, key, stages, parts, process, data.worker_count(config.workers, config.data))
+                encode(dataset, key, stages, parts, process, config.workers)
                 process.wait_for_all()
             process.wait_for_all()  # until they have their names
         for field, path in paths.items():

@@ -290,6 +290,8 @@ def fixed_order(count: int, batch_size: int, key: Key = None, rank: int = 0,
 def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device,
          workers: int) -> Iterator[dict[str, Tensor]]:
     """The fields of each batch of an order on the device, (B, ...), still of the data set's types."""
+    if workers < 0:  # one per core to read files, none for data in memory or drawn
+        workers = min(8, os.cpu_count() or 1) if isinstance(dataset, Files) else 0
     batches = DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=device.type == "cuda",
                          collate_fn=collate, worker_init_fn=run.ignore_signals,
                          generator=torch.Generator())  # not the run's own
@@ -339,8 +341,3 @@ def as_pictures(inputs: Tensor, field: str) -> Tensor:
                             for i in range(inputs.shape[1])], device=inputs.device)  # (C, 3)
     pictures = 2 * colours[inputs.argmax(1)].permute(0, 3, 1, 2) - 1  # (B, H, W) → (B, 3, H, W)
     return torch.where(inputs.any(1, keepdim=True), pictures, -1.0)
-
-
-def worker_count(asked: int, name: str) -> int:
-    """Processes that prepare pictures. −1 asked: none for data in memory or drawn, else one per core, ≤ 8."""
-    return min(8, os.cpu_count() or 1) if asked < 0 and name in LAYOUTS else max(asked, 0)

@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> Path | None:
                                 for split in ("train", "val"))
         perceptual = (PerceptualLoss(None if config.benchmark else config.perceptual_weights,
                                      config.perceptual).to(device) if config.perceives else None)
-    data.check_files(validation, rank, world, data.worker_count(config.workers, config.data))
+    data.check_files(validation, rank, world, config.workers)
     trained_on = describe_data(config, training, checkpoint)
     model_config = (VQConfig(**checkpoint["model_config"]) if checkpoint
                     else config.model(input_channels(config, training, validation)))
@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 def load_inputs(dataset, order: Iterable, config: TrainConfig, channels: int,
                 device: torch.device) -> Iterator[Tensor]:
     """What the autoencoder sees of each batch of an order, (B, C, H, W); see `data.as_input`."""
-    for batch in data.load(dataset, order, device, data.worker_count(config.workers, config.data)):
+    for batch in data.load(dataset, order, device, config.workers):
         yield data.as_input(batch[config.target], config.target, channels)
 
 

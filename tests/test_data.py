@@ -27,7 +27,7 @@ import data
 import files
 import scenes
 from data import (Cifar10, Preparation, Scenes, as_input, as_pictures, check_offered, fixed_order, load,
-                  open_dataset, prepare, read_field, training_order, worker_count)
+                  open_dataset, prepare, read_field, training_order)
 from files import FIELDS
 from picture_files import noise, opened, save, write
 from scenes import draw_scene
@@ -593,13 +593,23 @@ def test_workers_leave_signals_to_the_run_and_do_not_outlive_it():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_worker_count(monkeypatch):
+def test_files_are_prepared_by_a_worker_per_core_unless_a_number_is_asked_for(tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        save(tmp_path / split / "a.png")
+    asked = []
+
+    def stands_in(dataset, num_workers, **others):
+        asked.append(num_workers)
+        return ()
+
+    monkeypatch.setattr(data, "DataLoader", stands_in)
     for cores, expected in ((2, 2), (64, 8), (None, 1)):
         monkeypatch.setattr(os, "cpu_count", lambda: cores)
-        assert worker_count(-1, "folder") == worker_count(-1, "ade20k") == expected
-        assert worker_count(-1, "scenes") == worker_count(-1, "cifar10") == 0
-        assert worker_count(0, "folder") == 0
-        assert worker_count(5, "folder") == worker_count(5, "scenes") == 5
+        for workers in (-1, 0, 5):
+            for dataset in (opened(tmp_path), Scenes("val", Preparation(8))):
+                list(load(dataset, [], CPU, workers))
+        assert asked == [expected, 0, 0, 0, 5, 5]
+        asked.clear()
 
 
 # Fields
