@@ -121,8 +121,8 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
     except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path} is damaged, or holds more than numbers, strings and tensors "
                          f"({type(error).__name__}); {advice}") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
-        found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    if found != kind:
         origin = f"a checkpoint of train_{found}.py" if found else "of another program"
         raise ValueError(f"{path} is {origin}; {advice}")
     return checkpoint
@@ -178,18 +178,13 @@ def to_pixels(images: Tensor) -> np.ndarray:
 
 def picture_grid(images: Tensor, columns: int, side: int = 96) -> Image.Image:
     """images (N, C, H, W) in [−1, 1], row by row; small ones enlarged to about `side` pixels, to be seen."""
-    pixels = to_pixels(images)  # (N, H, W, C)
-    pixels = pixels.repeat(3, axis=3) if pixels.shape[3] == 1 else pixels
-    times = max(1, round(side / pixels.shape[1]))
+    pixels = to_pixels(images.expand(-1, 3, -1, -1))  # (N, H, W, 3)
+    times, gap, empty = max(1, round(side / pixels.shape[1])), 2, -len(pixels) % columns
     pixels = pixels.repeat(times, axis=1).repeat(times, axis=2)
-    count, height, width, _ = pixels.shape
-    gap = 2
-    rows = math.ceil(count / columns)
-    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
-    for i, picture in enumerate(pixels):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        grid[top:top + height, left:left + width] = picture
-    return Image.fromarray(grid)
+    cells = np.pad(pixels, ((0, empty), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    _, H, W, _ = cells.shape
+    rows = cells.reshape(-1, columns, H, W, 3).swapaxes(1, 2)  # (rows, H, columns, W, 3)
+    return Image.fromarray(rows.reshape(-1, columns * W, 3)[:-gap, :-gap])
 
 
 def save_picture(picture: Image.Image, path: Path, **options):

@@ -173,16 +173,14 @@ def paint_person(canvas: Canvas, random: np.random.Generator, side: int, near: f
         spread = choose(random, 0.15, 0.45)
         points[f"{name} knee"] = joint(hip, 0.24, sign * spread)
         points[f"{name} foot"] = joint(points[f"{name} knee"], 0.24, sign * spread / 2)
+    keypoints = np.array([points[name] for name in KEYPOINTS])  # (J, 2)
     shirt = PAINTS[random.integers(len(PAINTS))]
-    limbs = [(TROUSERS, 0.11, a, b) for s in ("left", "right")
-             for a, b in (("hip", f"{s} knee"), (f"{s} knee", f"{s} foot"))]
-    limbs += [(shirt, 0.2, "neck", "hip")]
-    limbs += [(c, 0.09, a, b) for s in ("left", "right")
-              for c, a, b in ((shirt, "neck", f"{s} elbow"), (SKIN, f"{s} elbow", f"{s} hand"))]
-    colours, thickness, starts, ends = zip(*limbs, (SKIN, 0.2, "head", "head"))
-    starts, ends = (np.array([points[name] for name in names]) for names in (starts, ends))  # (N, 2)
-    canvas.paint(canvas.limbs(starts, ends, np.array(thickness) * height), "person", 2 * near - 1, *colours)
-    return np.array([points[name] for name in KEYPOINTS])
+    limbs = [*LIMBS[6:], *LIMBS[1:6], (0, 0)]  # legs, body, arms and head, one upon the other
+    colours = [*[TROUSERS] * 4, shirt, *[shirt, SKIN] * 2, SKIN]
+    thickness = height * np.array([0.11] * 4 + [0.2] + [0.09] * 4 + [0.2])
+    starts, ends = keypoints[np.transpose(limbs)]  # (N, 2) each
+    canvas.paint(canvas.limbs(starts, ends, thickness), "person", 2 * near - 1, *colours)
+    return keypoints
 
 
 def draw_keypoints(points: ndarray, size: tuple[int, int], limbs: tuple = ()) -> Image.Image:
