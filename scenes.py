@@ -112,8 +112,8 @@ def draw_scene(split: str, index: int, size: int) -> Scene:
     canvas.paint((window, HORIZON - ys), "ground", 2 * nearness - 1, GROUNDS[ground])
 
     side = random.integers(2)  # the person stands in one half of the picture, the largest object in the other
-    person = choose(random, 0.625, 0.875)  # nearness of the feet, as that of the objects below
-    objects = [0.25, choose(random, 0.5, 0.75)][random.integers(2):]
+    person = random.choice([0.625, 0.875])  # nearness of the feet, as that of the objects below
+    objects = [0.25, random.choice([0.5, 0.75])][random.integers(2):]
     for near in sorted([person, *objects]):  # far to near
         if near == person:
             keypoints = paint_person(canvas, random, side, near)
@@ -124,11 +124,6 @@ def draw_scene(split: str, index: int, size: int) -> Scene:
             paint_object(canvas, random, CLASSES[label], x, near, largest)
     image = canvas.image.round().astype(np.uint8).transpose(1, 2, 0)  # (3, S, S) → (S, S, 3)
     return Scene(image, label, canvas.segmentation, canvas.depth, (keypoints * size).astype(np.float32))
-
-
-def choose(random: np.random.Generator, *values: float) -> np.float64:
-    """As random.choice(values), which takes longer than painting a shape."""
-    return np.float64(values[random.integers(len(values))])
 
 
 def paint_object(canvas: Canvas, random: np.random.Generator, kind: str, x: float, near: float,
@@ -167,10 +162,10 @@ def paint_person(canvas: Canvas, random: np.random.Generator, side: int, near: f
     neck = joint(hip, 0.34, np.pi)
     points = {"head": joint(neck, 0.12, np.pi), "neck": neck, "hip": hip}
     for name, sign in (("left", -1), ("right", 1)):
-        raised = choose(random, 0.3, 0.9, 1.6, 2.3)  # of the upper arm; the lower arm bends on from there
+        raised = random.choice([0.3, 0.9, 1.6, 2.3])  # of the upper arm; the lower arm bends on from there
         points[f"{name} elbow"] = joint(neck, 0.19, sign * raised)
         points[f"{name} hand"] = joint(points[f"{name} elbow"], 0.18, sign * (raised + 0.4))
-        spread = choose(random, 0.15, 0.45)
+        spread = random.choice([0.15, 0.45])
         points[f"{name} knee"] = joint(hip, 0.24, sign * spread)
         points[f"{name} foot"] = joint(points[f"{name} knee"], 0.24, sign * spread / 2)
     keypoints = np.array([points[name] for name in KEYPOINTS])  # (J, 2)
