@@ -35,8 +35,7 @@ def configure(presets: dict[str, Any], argv: list[str] | None) -> tuple[Any, dic
     """
     flags = parse_flags(presets, argv)
     preset, checkpoint = flags.get("preset", "demo"), None
-    if preset not in presets:
-        raise UsageError(f"preset is {preset!r}; choose one of {', '.join(presets)}")
+    check_choice("preset", preset, presets)
     config = override(presets[preset], flags)
     trains = hasattr(config, "resume") and not config.benchmark
     path = config.folder / "checkpoint.pt" if trains else None
@@ -101,7 +100,7 @@ def flag(name: str) -> str:
 
 def check_choice(name: str, value: str, choices: Iterable[str]):
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        raise UsageError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
 def check_at_least(config: Any, minimum: float, *names: str):
@@ -153,7 +152,7 @@ class Process(NamedTuple):
         return values
 
     def any(self, flag: bool) -> bool:
-        return flag if self.world == 1 else bool(self.total(torch.tensor(float(flag), device=self.device)))
+        return bool(self.total(torch.tensor(float(flag), device=self.device)))
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
