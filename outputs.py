@@ -29,11 +29,25 @@ except ImportError:  # Windows: there the folder is not locked
 
 @contextlib.contextmanager
 def writing(path: Path, advice: str) -> Iterator[None]:
-    """An OSError within, as of a full disk, becomes a sentence with path and advice."""
+    """An OSError within, or torch.save's RuntimeError, becomes a sentence with path and advice."""
     try:
         yield
-    except OSError as error:
-        raise OSError(f"{path} could not be written ({error.strerror or error}): {advice}") from None
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise OSError(f"{path} could not be written ({reason}): {advice}") from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path, advice: str) -> Iterator[Path]:
+    """A temporary file which becomes `path` if nothing fails, so that none is ever seen half written."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with writing(path, advice):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def announce(text: str):
@@ -63,10 +77,8 @@ def claim(folder: Path, first_step: int) -> TextIO:
     log = folder / "log.jsonl"
     lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() and first_step else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-    part = log.with_suffix(".part")
-    with writing(log, advice):
+    with replacing(log, advice) as part:
         part.write_text("".join(kept))
-        part.replace(log)
     return file
 
 
@@ -83,21 +95,15 @@ def save_checkpoint(config: Any, process: Any, step: int, parts: dict, name: str
                          "lower --lr")
     if process.rank > 0:
         return
-    part = path.with_suffix(f".{os.getpid()}.part")
     provenance = {"command": " ".join(sys.argv), "torch": str(torch.__version__),
                   "python": platform.python_version(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
     shared = {"kind": config.KIND, "config": dataclasses.asdict(config), "step": step,
               "random": random_state(), "provenance": provenance}
-    try:
-        with part.open("wb") as file:
-            torch.save(shared | parts, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"{path} of step {step} could not be written ({str(error).splitlines()[0]}): "
-                      "make room and go on with --resume; the checkpoint before it is intact") from None
+    advice = f"make room and go on with --resume; the checkpoint before step {step} is intact"
+    with replacing(path, advice) as part, part.open("wb") as file:
+        torch.save(shared | parts, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_checkpoint(path: str | Path, kind: str) -> dict:
@@ -181,16 +187,10 @@ def picture_grid(images: Tensor, columns: int, side: int = 96) -> Image.Image:
 
 
 def save_picture(picture: Image.Image, path: Path, **options):
-    """Write a picture through a temporary file, so that none is ever seen half written. Raises OSError."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with writing(path, "make room"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            suffix = path.suffix.lower()
-            picture.save(part, format=Image.registered_extensions().get(suffix, "PNG"), **options)
-            part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write a picture, whole or not at all. Raises OSError."""
+    with replacing(path, "make room") as part:
+        kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+        picture.save(part, format=kind, **options)
 
 
 class Log:

@@ -42,7 +42,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as if the disk had room for 100 kB more
     try:
-        with pytest.raises(OSError, match="step 2 could not be written .*the checkpoint before it is intact"):
+        with pytest.raises(OSError, match="checkpoint.pt could not be written .*the checkpoint before step 2 is intact"):
             save(tmp_path, 2, weight=torch.zeros(1_000_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
