@@ -287,11 +287,12 @@ def command_line(main: Callable[[], None]):
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of the screen's file, or a library's
             message = f"{error.filename or 'the output'} could not be written ({error.strerror}): make room"
     except (RuntimeError, MemoryError) as error:
-        if is_lost(error):
-            status, message = 1, ("another process of this run has ended or cannot be reached "
-                                  f"({str(error).splitlines()[0]}): see its message, and go on with --resume")
+        reason = str(error).strip().partition("\n")[0]
+        if torch.distributed.is_initialized() and (  # gloo's errors have no type of their own
+                isinstance(error, torch.distributed.DistError) or re.search("(?i)gloo|peer", str(error))):
+            status, message = 1, (f"another process of this run has ended or cannot be reached ({reason}): "
+                                  "see its message, and go on with --resume")
         elif "Inductor" in type(error).__name__:
-            reason = str(error).strip().splitlines()[0]
             status, message = 1, f"torch.compile does not work here ({reason}): leave out --compile"
         elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate" in str(error):
             status, message = 1, "there is too little memory for this run; --help lists what saves memory"
@@ -304,12 +305,6 @@ def command_line(main: Callable[[], None]):
     if torch.distributed.is_initialized():
         end_at_once(status)
     sys.exit(status)
-
-
-def is_lost(error: RuntimeError) -> bool:
-    """Whether another process of the run cannot be reached; gloo's errors have no type of their own."""
-    return torch.distributed.is_initialized() and (
-        isinstance(error, torch.distributed.DistError) or bool(re.search("(?i)gloo|peer", str(error))))
 
 
 def end_at_once(status: int):
