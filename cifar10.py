@@ -1,7 +1,4 @@
-"""CIFAR-10: the official binary archive, found or fetched, as arrays (§2).
-
-Symbols: N pictures.
-"""
+"""CIFAR-10: the official binary archive, found or fetched, as arrays (§2)."""
 import hashlib
 import tarfile
 import urllib.request
@@ -19,7 +16,7 @@ MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
 
 def read_cifar10(directory: Path, split: str) -> tuple[list[Path], ndarray, ndarray]:
-    """The files of a split, their labels (N,) uint8 and pictures (N, 3, 32, 32) uint8; N is 50,000 or 10,000.
+    """The files of a split, labels (N,) uint8 and pictures (N, 3, 32, 32) uint8; N is 50,000 or 10,000.
 
     Raises FileNotFoundError or ValueError if they are not there, and cannot be fetched, or are damaged.
     """

@@ -249,8 +249,7 @@ class Log:
     def finish(self, picture_path: Path | None) -> Path:
         """Print the last line; returns the path of the checkpoint."""
         path, seconds = self.path.with_name("checkpoint.pt"), time.perf_counter() - self.began
-        if self.process.rank == 0:
-            print(f"done in {duration(seconds)} · {path} · {picture_path or 'no step was left'}")
+        announce(f"done in {duration(seconds)} · {path} · {picture_path or 'no step was left'}")
         return path
 
     def line(self, step: int, text: str, values: dict):
