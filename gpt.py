@@ -45,10 +45,11 @@ class GPTConfig:
 class KeyValueCache:
     """Keys and values of the tokens seen so far, in memory allocated once for `capacity` positions."""
 
-    def __init__(self, config: GPTConfig, batch: int, capacity: int, like: Tensor):
+    def __init__(self, config: GPTConfig, batch: int, capacity: int, weight: Tensor):
+        device = weight.device.type  # keys and values are of the dtype that linear layers return
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         shape = (config.n_layer, batch, config.n_head, capacity, config.n_embd // config.n_head)
-        self.keys = like.new_empty(shape)  # (layers, B, heads, capacity, d)
-        self.values = like.new_empty(shape)
+        self.keys, self.values = weight.new_empty(2, *shape, dtype=dtype)  # (layers, B, heads, capacity, d)
         self.length = 0  # positions filled
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,7 +193,7 @@ class GPT(nn.Module):
             prefix = torch.cat([prefix, null_prefix])  # (2B, P)
         self.eval()
         capacity = prefix.shape[1] + max(0, steps - 1)
-        cache = KeyValueCache(self.config, len(prefix), capacity, self._activation()) if cached else None
+        cache = KeyValueCache(self.config, len(prefix), capacity, self.head.weight) if cached else None
         tokens = torch.cat([prefix, prefix.new_zeros(len(prefix), steps)], 1)  # (B or 2B, P + steps)
         try:
             for end in range(prefix.shape[1], tokens.shape[1]):
@@ -207,13 +208,6 @@ class GPT(nn.Module):
         finally:
             self.train(training)
         return tokens[:batch]
-
-    def _activation(self) -> Tensor:
-        """An empty tensor on the device, and of the dtype, that keys and values have."""
-        weight = self.head.weight
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        return weight.new_empty(0, dtype=dtype)
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float):
