@@ -53,23 +53,24 @@ def kmeans(vectors: Tensor, count: int, iterations: int = 10) -> Tensor:
 
 @torch.no_grad()
 def initialize_codebook(vq: nn.Module, batches: Iterable[Tensor], process: Any):
-    """K-means initialization from the encoder's outputs for batches of images (B, C, H, W)."""
-    vectors = [as_vectors(vq.latents(images)) for images in batches]  # (B·h·w, D) each
-    vq.quantizer.initialize(torch.cat(vectors))
+    """K-means of encoder outputs for batches of images (B, C, H, W); most random codes would stay dead."""
+    codebook = vq.quantizer.codebook  # (K, D)
+    vectors = torch.cat([as_vectors(vq.latents(images)) for images in batches])  # (N, D)
+    codebook.copy_(kmeans(vectors, len(codebook)))
     if process.world > 1:  # sums on a GPU differ in the last bit from process to process
-        torch.distributed.broadcast(vq.quantizer.codebook.data, src=0)
+        torch.distributed.broadcast(codebook.data, src=0)
 
 
 @torch.no_grad()
 def restart_dead_codes(vq: nn.Module, optimizer: torch.optim.Optimizer, uses: Tensor, images: Tensor,
                        process: Any):
-    """Reinitialize dead codes, uses (K,) == 0, from the encoder's outputs, and reset Adam's moments."""
+    """Move dead codes, uses (K,) == 0, to encoder outputs far from live ones, and reset Adam's moments."""
     dead, codebook = process.total(uses) == 0, vq.quantizer.codebook  # (K,) and (K, D)
     uses.zero_()
     if dead.any():
         vectors = as_vectors(process.gather(vq.latents(images)))  # (N, D) of all processes
         if vectors.isfinite().all():  # else the run has diverged, and its log says so
-            vq.quantizer.restart(dead, vectors)
+            codebook[dead] = kmeans_plusplus(vectors, int(dead.sum()), codebook[~dead])
         if process.world > 1:
             torch.distributed.broadcast(codebook.data, src=0)
         for moment in ("exp_avg", "exp_avg_sq"):

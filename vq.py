@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import taming
-from codebook import as_vectors, assign_codes, kmeans, kmeans_plusplus
+from codebook import as_vectors, assign_codes, kmeans
 from kernels import nearest_code
 from losses import PatchDiscriminator, PerceptualLoss  # re-exported: used only to train the first stage
 
@@ -172,7 +172,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.commitment_weight = config.commitment_weight
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.code_width))
-        # Overwritten by `initialize` when training starts:
+        # Overwritten by `initialize_codebook` when training starts:
         nn.init.uniform_(self.codebook, -1 / config.codebook_size, 1 / config.codebook_size)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,16 +189,6 @@ class Quantizer(nn.Module):
                 + self.commitment_weight * F.mse_loss(vectors, chosen.detach()))
         quantized = vectors + (chosen - vectors).detach()  # value of `chosen`, gradient of `vectors`
         return quantized.view(B, h, w, D).permute(0, 3, 1, 2), codes.view(B, h, w), loss
-
-    @torch.no_grad()
-    def initialize(self, vectors: Tensor):
-        """K-means initialization from encoder outputs (N, D); with a random one most codes stay dead."""
-        self.codebook.copy_(kmeans(vectors, len(self.codebook)))
-
-    @torch.no_grad()
-    def restart(self, dead: Tensor, vectors: Tensor):
-        """Reinitialize the dead codes, (K,) bool, with encoder outputs (N, D) far from the live codes."""
-        self.codebook[dead] = kmeans_plusplus(vectors, int(dead.sum()), self.codebook[~dead])
 
 
 class VQ(nn.Module):

@@ -31,7 +31,8 @@ import data
 import losses
 import run
 import train_vq
-from vq import VQ, VQConfig, as_vectors
+from codebook import as_vectors, initialize_codebook
+from vq import VQ, VQConfig
 
 LARGE = ["--image-size", "32", "--upscale"]  # enough for AlexNet and a discriminator of one layer
 ADVERSARIAL = ("--discriminator-weight 0.6 --discriminator-layers 1 --discriminator-start 0.5 "
@@ -118,8 +119,7 @@ def test_the_loop_is_its_losses_written_out(plain, full, tmp_path, monkeypatch):
         D = adversary and adversary.discriminator
         optimizers = [torch.optim.Adam(network.parameters(), betas=(0.3, 0.7), fused=True)
                       for network in (vq, D) if network]
-        with torch.no_grad():  # of 16 vectors a code
-            vq.quantizer.initialize(torch.cat([as_vectors(vq.latents(x)) for x in batches[:1 if D else 2]]))
+        initialize_codebook(vq, batches[:1 if D else 2], ALONE)  # of 16 vectors a code
         uses = torch.zeros(16)
         for step, images in enumerate(batches, 1):
             for optimizer in optimizers:

@@ -4,6 +4,7 @@ Oracles: slow loops (nearest code, attention, pooling, Lloyd's algorithm), deriv
 the parameter counts of the authors' released model, and identities (encode gives the codes of forward).
 """
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vq as vq_file
-from codebook import codebook_use, entropy
+from codebook import (as_vectors, codebook_use, entropy, initialize_codebook, kmeans, kmeans_plusplus,
+                      restart_dead_codes)
+from helpers import ALONE
 from vq import (VQ, AttentionBlock, Downsample, Palette, Quantizer, ResidualBlock, Upsample, VQConfig,
-                as_vectors, kmeans, kmeans_plusplus, norm_groups)
+                norm_groups)
 
 THIN = VQConfig(3, 8, "1,2", 1, codebook_size=12, code_width=6)
 
@@ -30,7 +33,7 @@ def images(count: int = 2) -> Tensor:
 def thin_vq() -> VQ:
     """A network with its codebook initialized from its latents, so that images use more than one code."""
     vq = VQ(THIN)
-    vq.quantizer.initialize(as_vectors(vq.latents(images(8)).detach()))
+    initialize_codebook(vq, [images(8)], ALONE)
     return vq
 
 
@@ -347,14 +350,22 @@ def test_an_empty_cluster_keeps_its_centre():
     assert {tuple(centre) for centre in centres.tolist()} == {(3.0, 5.0), (-1.0, 2.0)}
 
 
+def encoder_of(vectors: Tensor) -> tuple[VQ, Tensor]:
+    """An autoencoder, and images whose latents are these vectors (N, 6)."""
+    vq = VQ(THIN)
+    vq.latents = lambda images: images
+    return vq, vectors.T[None, :, :, None]  # (1, D, N, 1)
+
+
 def test_initialize_runs_ten_iterations_of_kmeans_on_all_vectors():
-    vectors, module = torch.randn(900, 6), Quantizer(THIN)
-    parameter = module.codebook  # the optimizer holds it
+    vectors = torch.randn(900, 6)
+    vq, images = encoder_of(vectors)
+    parameter = vq.quantizer.codebook  # the optimizer holds it
     torch.manual_seed(2)
-    module.initialize(vectors)
+    initialize_codebook(vq, images.split(500, 2), ALONE)
     torch.manual_seed(2)
     assert torch.equal(parameter, kmeans(vectors, 12, iterations=10))
-    assert module.codebook is parameter and parameter.requires_grad
+    assert vq.quantizer.codebook is parameter and parameter.requires_grad
 
 
 @pytest.mark.parametrize("vectors, count, given, expected", [
@@ -379,17 +390,19 @@ def test_kmeans_plusplus_draws_no_vector_twice_while_others_remain():
 
 @pytest.mark.parametrize("dead", [[2, 3, 9], [], range(12)])
 def test_restart_moves_dead_codes_onto_different_vectors_away_from_live_codes(dead):
-    module, elsewhere = Quantizer(THIN), torch.randn(20, 6)
-    torch.nn.init.normal_(module.codebook, std=9.0)
-    parameter, before = module.codebook, module.codebook.detach().clone()
+    before, elsewhere = 9 * torch.randn(12, 6), torch.randn(20, 6)
     mask = torch.zeros(12, dtype=torch.bool)
     mask[list(dead)] = True
-    module.restart(mask, torch.cat([before[~mask].repeat(50, 1), elsewhere]))
-    after = module.codebook.detach()
+    vq, images = encoder_of(torch.cat([before[~mask].repeat(50, 1), elsewhere]))
+    parameter = vq.quantizer.codebook
+    parameter.data.copy_(before)
+    moments = {name: torch.ones(12, 6) for name in ("exp_avg", "exp_avg_sq")}
+    restart_dead_codes(vq, SimpleNamespace(state={parameter: moments}), 1.0 - mask.float(), images, ALONE)
+    after = parameter.detach()
     assert torch.equal(after[~mask], before[~mask])
     moved = {tuple(code) for code in after[mask].tolist()}
     assert len(moved) == len(dead) and moved <= {tuple(vector) for vector in elsewhere.tolist()}
-    assert module.codebook is parameter and parameter.requires_grad
+    assert vq.quantizer.codebook is parameter and parameter.requires_grad
 
 
 def test_codebook_use_counts_the_codes_used_and_their_perplexity():
