@@ -121,9 +121,7 @@ def alternate(height: int, width: int) -> Tensor:
     return index.flatten()
 
 
-ORDERINGS: dict[str, Callable[[int, int], Tensor]] = {
-    "row": row, "spiral": spiral, "zcurve": zcurve, "subsample": subsample, "alternate": alternate,
-}
+ORDERINGS = {order.__name__: order for order in (row, spiral, zcurve, subsample, alternate)}
 
 
 def ranks(p: Tensor, height: int, width: int) -> Tensor:
@@ -151,7 +149,7 @@ def roll_up(sequence: Tensor, p: Tensor, height: int, width: int) -> Tensor:
     if not sequence.shape[1] == p.numel() == height * width:
         raise ValueError(f"a sequence of {sequence.shape[1]} and an order of {p.numel()} steps do not fill "
                          f"{height}×{width} cells")
-    return sequence[:, torch.argsort(p)].view(-1, height, width)  # (B, T) → (B, h*w) → (B, h, w)
+    return sequence[:, ranks(p, height, width)]  # (B, T) → (B, h, w)
 
 
 @cache
