@@ -88,11 +88,9 @@ class FirstStage:
 
     def was_trained_on(self, name: str, directory: str) -> bool:
         """Whether a data set is the one of the training, in the same folder or moved elsewhere."""
-        known = self.trained_on
-        if known["data"] == name and (
-                name == "scenes" or Path(known["data_dir"]).resolve() == Path(directory).resolve()):
-            return True
-        return data.open_dataset(name, directory, "train", self.preparation).digest() == known["digest"]
+        known, folder = self.trained_on, Path(directory).resolve()
+        return (known["data"], Path(known["data_dir"]).resolve()) == (name, folder) or (
+            data.open_dataset(name, directory, "train", self.preparation).digest() == known["digest"])
 
     def state(self) -> dict:
         """Plain values and tensors, for a checkpoint."""
@@ -187,9 +185,8 @@ class Prior:
         gpt, image = GPT.from_taming(path, n_head), FirstStage.load(path)
         written = taming.writing_order(path)  # (T,)
         side = round(len(written) ** 0.5)
-        order = next((name for name in ORDERINGS if len(written) == side * side and (
-            name in ("row", "spiral", "alternate") or side & (side - 1) == 0)
-            and torch.equal(ORDERINGS[name](side, side), written)), None)
+        names = ORDERINGS if side & (side - 1) == 0 else ("row", "spiral", "alternate")  # for any side
+        order = next((name for name in names if torch.equal(ORDERINGS[name](side, side), written)), None)
         if order is None:
             raise ValueError(f"{path} writes in an order that is none of {', '.join(ORDERINGS)}")
         embedding, head = gpt.token_embedding.weight.detach(), gpt.head.weight.detach()
@@ -213,9 +210,8 @@ class Prior:
         chosen = {field: torch.from_numpy(array[index].astype(np.int64)) for field, array in codes.items()}
         condition = chosen.get(self.condition)  # (B, h, w), (B,) or None
         if dropout:
-            dropped = torch.rand(len(index)) < dropout  # (B,)
-            condition = condition.flatten(1) if condition.ndim > 1 else condition[:, None]
-            condition = condition.masked_fill(dropped[:, None], -1)  # (B, P)
+            dropped = torch.rand(len(index), 1) < dropout  # (B, 1)
+            condition = condition.reshape(len(index), -1).masked_fill(dropped, -1)  # (B, P)
         grids = self.image.pyramid(chosen["image"].to(self.device, non_blocking=True), self.layout.scales)
         return self.layout.tokens(grids, condition)
 
@@ -272,14 +268,3 @@ class Prior:
     def pictures(self, tokens: Tensor) -> Tensor:
         """Image tokens (B, T) → the pictures of the finest grid, (B, C, H, W) float32 near [−1, 1]."""
         return self.image.decode(self.layout.grids(tokens)[-1])
-
-    def rows(self, condition: Tensor, columns: int, sampling: Sampling, generator: torch.Generator) -> Tensor:
-        """A row for each condition (R, …): a map itself at the left, then `columns` samples: (N, 3, H, W)."""
-        repeated = condition.repeat_interleave(columns, 0)  # (R · columns, …)
-        tokens = self.sample(len(repeated), repeated, None, sampling, generator)
-        pictures = self.pictures(tokens).unflatten(0, (-1, columns))  # (R, columns, 3, H, W)
-        stage = self.stages[self.condition]
-        if stage:
-            left = stage.decode(condition.to(tokens.device)).expand(-1, 3, -1, -1)
-            pictures = torch.cat([left[:, None], pictures], 1)
-        return pictures.flatten(0, 1)

@@ -324,14 +324,15 @@ def status_text(scores: dict, layout: TokenLayout) -> str:
 
 def draw_samples(prior: Prior, validation: dict[str, np.ndarray], config: TrainConfig, path: Path):
     """32 samples, or rows of 4 to each of 8 validation conditions; the same random numbers each time."""
-    device = prior.device
-    generator = torch.Generator(device).manual_seed(config.seed)
-    if prior.condition is None:
-        pictures, columns = prior.pictures(prior.sample(32, None, None, config.sampling, generator)), 8
-    else:
-        condition = torch.from_numpy(validation[prior.condition][:8].astype(np.int64))
-        pictures = prior.rows(condition, 4, config.sampling, generator)
-        columns = len(pictures) // len(condition)
+    generator = torch.Generator(prior.device).manual_seed(config.seed)
+    count, condition, columns = 32, None, 8
+    if prior.condition:
+        first = torch.from_numpy(validation[prior.condition][:8].astype(np.int64))  # (8, h, w) or (8,)
+        count, condition, columns = 4 * len(first), first.repeat_interleave(4, 0), 4
+    pictures = prior.pictures(prior.sample(count, condition, None, config.sampling, generator))
+    if prior.condition in MAPS:  # each before its samples
+        maps = prior.stages[prior.condition].decode(first.to(prior.device)).expand(-1, 3, -1, -1)
+        pictures, columns = torch.cat([maps[:, None], pictures.unflatten(0, (-1, 4))], 1).flatten(0, 1), 5
     save_picture(picture_grid(pictures, columns), path)
 
 
