@@ -335,13 +335,12 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
 @torch.no_grad()
 def draw(vq: VQ, validation, counts: Tensor, config: TrainConfig, path: Path):
     """Up to 16 validation pictures in rows of 8, each above its reconstruction; a square for each code."""
-    order = data.fixed_order(min(16, len(validation)), 16)
+    columns = min(8, len(validation))
+    order = data.fixed_order(columns * min(2, len(validation) // columns), 16)  # one row or two
     images = next(load_inputs(validation, order, config, vq.config.image_channels, counts.device))
-    pairs = [data.as_pictures(x, config.target) for x in (images, vq.decode(vq.encode(images)))]
-    columns = min(8, len(images))
-    rows = [row for pair in zip(*(pictures.split(columns) for pictures in pairs)) for row in pair
-            if len(row) == columns]
-    save_picture(picture_grid(torch.cat(rows), columns), path)
+    pairs = torch.stack([data.as_pictures(x, config.target) for x in (images, vq.decode(vq.encode(images)))])
+    pairs = pairs.unflatten(1, (-1, columns)).transpose(0, 1)  # (2, N, C, H, W) → (rows, 2, columns, C, H, W)
+    save_picture(picture_grid(pairs.flatten(0, 2), columns), path)
     use = picture_grid(use_colours(counts), math.ceil(math.sqrt(len(counts))), side=12)
     save_picture(use, path.with_name(f"{path.stem}-codes.png"))
 
