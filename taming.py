@@ -97,11 +97,9 @@ def read(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f'{path} has no "state_dict": it is not a file of taming-transformers')
     for key, weight in dict.items(weights):
         if (not isinstance(key, str) or type(weight) not in (Tensor, torch.nn.Parameter)
-                or weight.layout != torch.strided or weight.device.type != "cpu" or weight.is_quantized
-                or weight.is_complex()):
+                or weight.layout != torch.strided or weight.device.type != "cpu" or weight.is_complex()
+                or weight.untyped_storage().nbytes() < weight.numel() * weight.element_size()):
             raise ValueError(f"{path} has {key!r} in its state_dict, which is not a tensor with a name")
-        if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
-            raise ValueError(f"{path} has too few numbers for the shape {tuple(weight.shape)} of {key!r}")
     return {key: Tensor.detach(weight) for key, weight in dict.items(weights)}
 
 
@@ -175,26 +173,17 @@ def gpt_sizes(path: str | Path, n_head: int = 0) -> dict:
 
 def vq_layers(levels: int, blocks: int) -> dict[str, str]:
     """Our names of the layers of encoder and decoder → theirs: "encoder.0" → "encoder.conv_in", and so on."""
-    coarsest = levels - 1
-    middle = ["mid.block_1", "mid.attn_1", "mid.block_2"]
-    encoder = ["conv_in"]
+    def level_layers(name: str, level: int, blocks: int) -> list[str]:
+        kinds = ("block", "attn") if level == levels - 1 else ("block",)  # attention at the coarsest only
+        return [f"{name}.{level}.{kind}.{i}" for i in range(blocks) for kind in kinds]
+
+    middle, last = ["mid.block_1", "mid.attn_1", "mid.block_2"], ["norm_out", "SiLU", "conv_out"]
+    encoder, decoder = ["conv_in"], ["conv_in", *middle]
     for level in range(levels):
-        if level > 0:
-            encoder.append(f"down.{level - 1}.downsample")
-        for block in range(blocks):
-            encoder.append(f"down.{level}.block.{block}")
-            if level == coarsest:
-                encoder.append(f"down.{level}.attn.{block}")
-    encoder += [*middle, "norm_out", "SiLU", "conv_out"]
-    decoder = ["conv_in", *middle]
+        encoder += [*level_layers("down", level, blocks), f"down.{level}.downsample"]
     for level in reversed(range(levels)):
-        for block in range(blocks + 1):
-            decoder.append(f"up.{level}.block.{block}")
-            if level == coarsest:
-                decoder.append(f"up.{level}.attn.{block}")
-        if level > 0:
-            decoder.append(f"up.{level}.upsample")
-    decoder += ["norm_out", "SiLU", "conv_out"]
+        decoder += [*level_layers("up", level, blocks + 1), f"up.{level}.upsample"]
+    encoder, decoder = [*encoder[:-1], *middle, *last], [*decoder[:-1], *last]  # the last is not resampled
     return ({f"encoder.{i}": f"encoder.{layer}" for i, layer in enumerate(encoder)}
             | {f"encoder.{len(encoder)}": "quant_conv", "decoder.0": "post_quant_conv"}
             | {f"decoder.{i}": f"decoder.{layer}" for i, layer in enumerate(decoder, 1)})
