@@ -12,15 +12,13 @@ except ImportError:  # macOS, Windows: the kernels stay plain functions that not
     class tl:
         constexpr = int
 
-MULTIPROCESSORS = 132  # of an H100 or H200; what the interpreter pretends to have
 # TFLOP/s of TF32 and of 16-bit floats, TB/s of memory: 80 %, 80 % and 90 % of what the data sheets say.
 ATTAINABLE = {"H200": (395, 790, 4.3), "H100": (395, 790, 3.0)}
 
 
 def multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """Of a GPU; in the interpreter those of an H100 or H200."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def has_tf32(device: torch.device) -> bool:
@@ -46,16 +44,16 @@ def compare(title: str, forms: dict, flops: float, bytes_moved: float, tensor_co
         try:
             function()  # compiles
             timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-            times[name] = timer.blocked_autorange().median
+            time = timer.blocked_autorange().median
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
                 function()
-                lines[name] = f" {(torch.cuda.max_memory_allocated() - before) / 2 ** 20:8.1f} MiB"
-                lines[name] += f" {1e6 * times[name]:9.1f} µs eager"
-                times[name] = triton.testing.do_bench_cudagraph(function, return_mode="median") / 1e3
+                taken = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+                lines[name] = f" {taken:8.1f} MiB {1e6 * time:9.1f} µs eager"
+                time = triton.testing.do_bench_cudagraph(function, return_mode="median") / 1e3
+            times[name] = time
         except RuntimeError as error:
-            times.pop(name, None)
             print(f"{title:42} {name:28} {str(error).splitlines()[0]}")
     for name, time in times.items():
         line = f"{title:42} {name:28} {time / min(times.values()):6.2f}×"

@@ -262,10 +262,8 @@ def backward(query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumex
 # As operators they stay whole in torch.compile. Named after the module, which `python -m` loads twice.
 LIBRARY = torch.library.Library(__name__.replace(".", "_"), "DEF")
 OPERATORS = getattr(torch.ops, LIBRARY.ns)
-LIBRARY.define("forward(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor)")
-LIBRARY.define("backward(Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, "
-               "Tensor output_gradient) -> (Tensor, Tensor, Tensor)")
 for name, function, empty in (("forward", forward, empty_outputs), ("backward", backward, empty_gradients)):
+    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{LIBRARY.ns}::{name}", empty, lib=LIBRARY)
 
