@@ -205,27 +205,23 @@ class VQ(nn.Module):
                 layer.num_groups = norm_groups(layer.num_channels, config.group_channels)
             if isinstance(layer, ResidualBlock):
                 layer.gradient_checkpointing = gradient_checkpointing
-        if compiled:
-            self.compile_networks()
+        if compiled:  # all but the last layer: λ takes the gradient there (§A.1)
+            encode, body, last = self.encoder[:], self.decoder[:-1], self.decoder[-1]  # the same layers
+            self.encoder.forward = torch.compile(lambda images: encode(images), dynamic=False)
+            decode = torch.compile(lambda quantized: body(quantized), dynamic=False)
+            self.decoder.forward = lambda quantized: last(decode(quantized))
 
     @classmethod
     def from_taming(cls, path: str | Path) -> "VQ":
-        """Load the first stage of a taming-transformers checkpoint: of a VQ model, or inside a transformer's.
+        """The first stage in a file of the authors' taming-transformers: a VQ model's, or a transformer's.
 
         β, which only further training reads, is not in the file and stays the default (theirs weighted the
-        commitment term by 1, the codebook term by 0.25). No code in the file is executed.
-        Raises FileNotFoundError; ValueError for another kind of file or another architecture.
+        commitment term by 1, the codebook term by 0.25). Raises FileNotFoundError; ValueError for another
+        kind of file or another architecture.
         """
         vq = cls(VQConfig(**taming.vq_sizes(path)))
         vq.load_state_dict(taming.vq_weights(path, vq.state_dict()))
         return vq
-
-    def compile_networks(self):
-        """torch.compile encoder and decoder but for the last layer: λ takes the gradient there (§A.1)."""
-        encoder, body, last = self.encoder[:], self.decoder[:-1], self.decoder[-1]  # the same layers
-        self.encoder.forward = torch.compile(lambda images: encoder(images), dynamic=False)
-        decode = torch.compile(lambda quantized: body(quantized), dynamic=False)
-        self.decoder.forward = lambda quantized: last(decode(quantized))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, C, H, W) → reconstructions (B, C, H, W), codes (B, h, w) int64, quantization loss ()."""
