@@ -36,8 +36,6 @@ from files import list_files
 from outputs import duration, picture_grid, save_picture, to_pixels, writing
 from stages import Prior, Sampling
 
-ONE_FILE = (".png", ".jpg", ".jpeg", ".webp")
-
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -99,7 +97,7 @@ class SampleConfig:
 
     @property
     def one_file(self) -> bool:
-        return Path(self.out).suffix.lower() in ONE_FILE
+        return Path(self.out).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
 
 
 PRESETS = {
