@@ -116,7 +116,7 @@ def alternate(height: int, width: int) -> Tensor:
      8  9 10 11
     15 14 13 12
     """
-    index = cells(height, width).clone()
+    index = cells(height, width)
     index[1::2] = index[1::2].flip(1)
     return index.flatten()
 

@@ -265,7 +265,7 @@ def default_stage(config: TrainConfig, field: str, process: run.Process) -> Firs
 def token_layout(config: TrainConfig, stages: Stages, classes: int) -> TokenLayout:
     """The image's tokens behind the condition's; a null token where something must stand for no condition."""
     image, condition = stages["image"], stages.get(config.condition)
-    scales = tuple(2**i for i in range(int(math.log2(image.side)) + 1) if 2**i < image.side)
+    scales = tuple(2**i for i in range((image.side - 1).bit_length()))  # 1, 2, 4, … below the finest
     return TokenLayout(
         image.codebook_size, image.side, image.side, config.order, scales if config.multiscale else (),
         condition.codebook_size if condition else classes,

@@ -8,8 +8,7 @@ two codes apart.
 
 The plain form writes the (N, K) scores to memory and reads them again for the argmin: 8·N·K bytes beside the
 4·N·D of the input, eight times as many at K = 1,024 and D = 256. The kernel loops over tiles of the codebook,
-keeps for each vector the best score so far and its code, and writes 8 bytes a vector. Where vectors are too
-few to occupy the GPU, several programs share the codes for the same ones, and the least result counts.
+keeps for each vector the best score so far and its code, and writes 8 bytes a vector.
 
 It is bound by arithmetic. Tensor cores round float32 to TF32, 11 significant bits of 24, and two codes may
 differ by less. So x = x − offset and c = −2(c_k − offset) are each split into a high part, which is TF32, and
