@@ -1,8 +1,8 @@
 """The five orders in which a grid of codes becomes a sequence (§3), and which token stands where in it (§4).
 
-An order (Fig. 2) is a permutation p of the h·w cells: p[t] is the row-major index of the cell that is visited
-at step t. The picture in each docstring is its inverse, the rank grid: it shows for each cell of a 4×4 grid
-at which step it is visited. Those pictures are run as tests.
+An order (Fig. 2) is a permutation p of the h·w cells, (h·w,) int64: p[t] is the row-major index of the cell
+that is visited at step t. The picture in each docstring is its inverse, the rank grid: it shows for each cell
+of a 4×4 grid at which step it is visited. Those pictures are run as tests.
 
 `TokenLayout` puts the image's codes, of one scale or several, behind the tokens of a condition.
 
@@ -38,7 +38,7 @@ def by_quarters(name: str, height: int, width: int, quarters: Callable[[Tensor],
 
 
 def row(height: int, width: int) -> Tensor:
-    """Row by row from the top left: (height*width,) int64.
+    """Row by row from the top left.
 
     >>> print(picture(row(4, 4), 4, 4))
      0  1  2  3
@@ -50,7 +50,7 @@ def row(height: int, width: int) -> Tensor:
 
 
 def spiral(height: int, width: int) -> Tensor:
-    """From the centre outwards, for pictures of a centred object: (height*width,) int64.
+    """From the centre outwards, for pictures of a centred object.
 
     Starts left of and below the centre, then up, right, down, left in legs of 1, 1, 2, 2, 3, 3, … cells; what
     lies outside the grid is skipped.
@@ -77,9 +77,7 @@ def spiral(height: int, width: int) -> Tensor:
 
 
 def zcurve(height: int, width: int) -> Tensor:
-    """Quadrant by quadrant (Morton code), which keeps neighbours together: (height*width,) int64.
-
-    Squares of a power of two.
+    """Quadrant by quadrant (Morton code), which keeps neighbours together; squares of a power of two.
 
     >>> print(picture(zcurve(4, 4), 4, 4))
      0  1  4  5
@@ -92,10 +90,9 @@ def zcurve(height: int, width: int) -> Tensor:
 
 
 def subsample(height: int, width: int) -> Tensor:
-    """Every second row and column first, so that a prefix is a small version: (height*width,) int64.
+    """Every second row and column first, so that a prefix is a small version; squares of a power of two.
 
-    Squares of a power of two. The same recursion as `zcurve`, over the four interleaved quarters instead of
-    the four quadrants.
+    The same recursion as `zcurve`, over the four interleaved quarters instead of the four quadrants.
 
     >>> print(picture(subsample(4, 4), 4, 4))
      0  4  1  5
@@ -108,7 +105,7 @@ def subsample(height: int, width: int) -> Tensor:
 
 
 def alternate(height: int, width: int) -> Tensor:
-    """Row by row, every second row from right to left: (height*width,) int64.
+    """Row by row, every second row from right to left.
 
     >>> print(picture(alternate(4, 4), 4, 4))
      0  1  2  3
