@@ -230,9 +230,8 @@ class Prior:
         if guided and not (self.layout.condition_length and self.layout.null_token):
             raise ValueError(f"guidance is {sampling.guidance}, but this model knows no dropped condition: "
                              "train one with --condition and --condition-dropout 0.1")
-        prefixes = [self.layout.prefix(condition, count).to(device)]  # (B, P)
-        if guided:
-            prefixes.append(self.layout.prefix(None, count).to(device))
+        conditions = [condition, None] if guided else [condition]
+        prefixes = [self.layout.prefix(each, count).to(device) for each in conditions]  # (B, P) each
         if given is not None:
             prefixes = [torch.cat([prefix, given.to(device)], 1) for prefix in prefixes]  # (B, P + G)
             length -= given.shape[1]

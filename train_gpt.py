@@ -227,18 +227,16 @@ def open_stages(config: TrainConfig, checkpoint: dict | None, process: run.Proce
     if checkpoint:
         stages = stages_from_state(checkpoint["stages"])
     else:
-        named = {"image": config.vq}
-        if config.condition in MAPS:
-            named[config.condition] = config.condition_vq
+        named = {"image": config.vq, config.condition: config.condition_vq}
         stages = {field: FirstStage.load(path, field) if path else default_stage(config, field, process)
-                  for field, path in named.items()}
-        if config.condition == "class":
-            stages["class"] = None
+                  for field, path in named.items() if field != "none"}
     return {field: stage and stage.to(process.device) for field, stage in stages.items()}
 
 
-def default_stage(config: TrainConfig, field: str, process: run.Process) -> FirstStage:
+def default_stage(config: TrainConfig, field: str, process: run.Process) -> FirstStage | None:
     """This preset's first stage of a field, trained to its end if it is not there; or of the pixels."""
+    if field == "class":
+        return None
     own = replace(train_vq.PRESETS[config.preset], data=config.data, target=field)
     if config.pixels and field == "image":
         return FirstStage.of_pixels(config, replace(own.preparation, upscale=True), process)
