@@ -158,6 +158,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, image_channels: int = 3, base_channels: int = 64, layers: int = 3):
         super().__init__()
+        self.image_channels, self.smallest = image_channels, 3 * 2**layers
         width = base_channels
         main = [nn.Conv2d(image_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
         for layer in range(1, layers + 1):
@@ -171,7 +172,11 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) in [−1, 1], of at least 3·2^layers pixels a side → logits (B, 1, h', w')."""
+        """images (B, C, H, W) in [−1, 1] → logits (B, 1, h', w'). Raises ValueError for other sizes."""
+        channels, smallest = self.image_channels, self.smallest
+        if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < smallest:
+            raise ValueError(f"images are {tuple(images.shape)}; this discriminator needs (B, {channels}, H, "
+                             f"W) of at least {smallest}×{smallest} pixels")
         return self.main(images)
 
 

@@ -282,6 +282,8 @@ class Palette(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) → codes (B, H, W) int64 in [0, K). Raises ValueError for another C."""
+        if images.ndim != 4 or images.shape[1] != self.colours.shape[1]:
+            raise ValueError(f"images are {tuple(images.shape)}, not (B, {self.colours.shape[1]}, H, W)")
         return assign_codes(images, self.colours)
 
     def decode(self, codes: Tensor) -> Tensor:

@@ -269,8 +269,9 @@ def test_other_channels_and_depths_of_the_discriminator():
         network = PatchDiscriminator(channels, base_channels=4, layers=layers)
         assert network(pictures(2, smallest, channels)).shape == (2, 1, 1, 1)
         assert network.main[-1].in_channels == 4 * min(2**layers, 8)
-        with pytest.raises(RuntimeError):
-            network(pictures(2, smallest - 1, channels))
+        for wrong in (pictures(2, smallest - 1, channels), pictures(2, smallest, channels + 1)):
+            with pytest.raises(ValueError, match=f"needs .* at least {smallest}×{smallest}"):
+                network(wrong)
 
 
 def adversary(start: int = 1, ramp: int = 0, world: int = 1) -> Adversary:

@@ -197,7 +197,7 @@ def test_images_of_a_wrong_shape_are_refused():
             with pytest.raises(ValueError, match=r"images are .*\(B, 3, H, W\) .* divisible by 2"):
                 use(torch.zeros(shape))
         if len(shape) != 4 or shape[1] != 3:
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match=r"images are .*, not \(B, 3, H, W\)"):
                 palette.encode(torch.zeros(shape))
 
 
