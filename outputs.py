@@ -76,10 +76,17 @@ def claim(folder: Path, first_step: int) -> TextIO:
         part.unlink()
     log = folder / "log.jsonl"
     lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() and first_step else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
     with replacing(log, advice) as part:
-        part.write_text("".join(kept))
+        part.write_text("".join(line for line in lines if step_of(line) <= first_step))
     return file
+
+
+def step_of(line: str) -> float:
+    """The step of a line of log.jsonl; infinity for a line that a crash cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def save_checkpoint(config: Any, process: Any, step: int, parts: dict, name: str = "checkpoint.pt"):

@@ -257,7 +257,8 @@ class Prior:
         grid = torch.zeros(count, height, width, dtype=torch.int64, device=self.device)
         for y in range(height):
             for x in range(width):
-                top, left = min(max(y - h // 2, 0), height - h), min(max(x - w // 2, 0), width - w)
+                # Of the two middle columns the left one, which sees more of the row above: results/window.
+                top, left = min(max(y - h // 2, 0), height - h), min(max(x - (w - 1) // 2, 0), width - w)
                 window = (slice(None), slice(top, top + h), slice(left, left + w))
                 known = grid[window].flatten(1)[:, :(y - top) * w + x - left]  # (B, G)
                 part = condition[window] if condition is not None and condition.ndim == 3 else condition

@@ -142,10 +142,10 @@ def test_a_condition_changes_what_is_drawn_and_guidance_how_much():
             Sampling(**values)
 
 
-def nearest_start(position: int, window: int, size: int) -> int:
-    """Where a window must start so that a position in it is nearest to its centre."""
-    starts = [start for start in range(size - window + 1) if start <= position < start + window]
-    return min(starts, key=lambda start: abs(position - start - window // 2))
+def nearest_start(position: int, centre: int, size: int) -> int:
+    """Where a window of 4 must start so that a position in it is nearest to its centre."""
+    starts = [start for start in range(size - 3) if start <= position < start + 4]
+    return min(starts, key=lambda start: abs(position - start - centre))
 
 
 def test_a_window_of_the_training_size_is_plain_sampling_and_larger_grids_see_the_nearest():
@@ -159,7 +159,7 @@ def test_a_window_of_the_training_size_is_plain_sampling_and_larger_grids_see_th
         grid = torch.zeros(2, 6, 9, dtype=torch.int64)
         random = seeded(5)
         for y, x in itertools.product(range(6), range(9)):
-            top, left = nearest_start(y, 4, 6), nearest_start(x, 4, 9)
+            top, left = nearest_start(y, 2, 6), nearest_start(x, 1, 9)
             part = condition[:, top:top + 4, left:left + 4] if kind == "depth" else condition
             tokens = prior.layout.tokens([grid[:, top:top + 4, left:left + 4]], part)
             before = prior.layout.prefix_length + 4 * (y - top) + x - left

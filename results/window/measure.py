@@ -44,7 +44,8 @@ def main():
     report("validation pictures", torch.from_numpy(validation["image"][:count].astype(np.int64)), inside)
     report("samples of the training's size", prior.layout.grids(prior.sample(count, None, None, Sampling(), random))[-1], inside)
     wide = prior.sample_window(count, side, 2 * side, None, Sampling(), random)
-    moving = range(side // 2 + 1, 2 * side - side // 2 + 1)  # cells for which the window has moved by one
+    first = (side - 1) // 2 + 1
+    moving = range(first, first + side)  # cells for which the window has moved by one
     report("twice as wide, where the window stands still", wide, [x for x in range(1, 2 * side) if x not in moving])
     report("twice as wide, where it moves", wide, moving)
     save_picture(picture_grid(prior.image.decode(wide[:12]), 3), Path(__file__).parent / "wide.png")
