@@ -264,7 +264,8 @@ def test_the_loss_is_that_of_each_image_token_and_of_no_condition():
 def test_layouts_that_cannot_be_are_refused():
     for values, sentence in [
             ({"order": "sprial"}, "choose one of row, spiral, zcurve, subsample, alternate"),
-            ({"scales": (2, 1)}, "they must grow"), ({"scales": (3,)}, "divide 8×8"), ({"scales": (8,)}, "grow"),
+            ({"scales": (2, 1)}, "they must grow"), ({"scales": (3,)}, "divide 8×8"),
+            ({"scales": (8,)}, "grow"),
             ({"condition_size": 3}, "both must be 0, or neither"),
             ({"condition_length": 1}, "both must be 0, or neither"),
             ({"null_token": False}, "needs the null token to start with"),

@@ -42,7 +42,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as if the disk had room for 100 kB more
     try:
-        with pytest.raises(OSError, match="checkpoint.pt could not be written .*the checkpoint before step 2 is intact"):
+        with pytest.raises(OSError, match="could not be written .*the checkpoint before step 2 is intact"):
             save(tmp_path, 2, weight=torch.zeros(1_000_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -184,7 +184,7 @@ def test_logged_values_are_means_since_the_last_line_and_a_diverged_one_is_named
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     for start in ("start again with", "go on from .*checkpoint.pt with --resume and"):
-        with pytest.raises(ValueError, match=f"^the weights of step 2 are not finite .*: {start} a lower --lr"):
+        with pytest.raises(ValueError, match=f"^the weights of step 2 are not finite .*: {start} a lower"):
             save(tmp_path, 2, model={"count": torch.tensor(3), "weight": torch.tensor([1.0, math.nan])})
         save(tmp_path, 1, model={"count": torch.tensor(3), "weight": torch.ones(2)})
     assert load_checkpoint(tmp_path / "checkpoint.pt", "gpt")["step"] == 1

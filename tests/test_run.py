@@ -132,7 +132,7 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
             (OSError(28, "No space", "a.gif"), 1, "s.py: a.gif could not be written (No space): make room\n"),
             (OSError(28, "No space"), 1, "s.py: the output could not be written (No space): make room\n"),
             (from_worker, 1, "s.py: a.png ended\n"), (KeyboardInterrupt("stopped"), 130, "s.py: stopped\n"),
-            (KeyboardInterrupt(), 130, "s.py: interrupted; checkpoints and finished code caches are intact\n"),
+            (KeyboardInterrupt(), 130, "s.py: interrupted; checkpoints and finished code caches"),
             (torch.OutOfMemoryError("CUDA"), 1, "s.py: there is too little memory"),
             (RuntimeError("cannot allocate 9 bytes"), 1, "s.py: there is too little memory")]:
         def main():
@@ -145,7 +145,7 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
         assert ending.value.code == status and shown.startswith(sentence) and len(shown.splitlines()) <= 1
     # Of a mistake that all processes make the first one tells: until the others do, torchrun has ended them.
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(time, "sleep", lambda seconds: print(f"{seconds >= 2}, then ", end="", file=sys.stderr))
+    monkeypatch.setattr(time, "sleep", lambda seconds: sys.stderr.write(f"{seconds >= 2}, then "))
     with pytest.raises(SystemExit):
         error = ValueError("a bad file")
         run.command_line(main)
@@ -178,7 +178,7 @@ def test_a_process_that_dies_ends_the_others_with_a_sentence_and_only_the_first_
         folder = tmp_path / str(steps)
         folder.mkdir()
         flags = [*vq_flags(pictures, folder), "--resume", "--steps", str(steps)]
-        first, second = [server.Process(target=one_of_two, args=(rank, port, folder, flags)) for rank in (0, 1)]
+        first, second = [server.Process(target=one_of_two, args=(i, port, folder, flags)) for i in (0, 1)]
         first.start()
         second.start()
         try:

@@ -260,7 +260,7 @@ def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, caps
             ("none.pt", "--keep 0.3", 2, "--keep has no effect here: it belongs to --complete"),
             ("none.pt", "--benchmark --count 3", 2, "--count has no effect here: a benchmark"),
             ("none.pt", "--complete photo.png --keep 2", 2, "keep is 2.0; it must lie in [0, 1]"),
-            ("none.pt", "--complete photo.png --size 16x16", 2, "exclude each other, so do size and animate; choose one"),
+            ("none.pt", "--complete photo.png --size 16x16", 2, "exclude each other, so do size and animate"),
             ("none.pt", "--complete model.py", 1, "model.py"),
             ("none.pt", "--size 16", 2, "size is '16'; it must be like 64x128"),
             ("spiral.pt", "--size 16x16", 1, "needs a model of one scale in the order row"),

@@ -349,7 +349,7 @@ def test_compiled_networks_compute_the_same(few_scenes, monkeypatch):
     assert all(torch.allclose(weight, other[name], atol=1e-4) for name, weight in plain.items())
 
 
-def test_a_benchmark_tells_what_the_run_will_cost_and_leaves_nothing(few_scenes, tmp_path, second_stage, capsys):
+def test_a_benchmark_tells_what_a_run_costs_and_leaves_nothing(few_scenes, tmp_path, second_stage, capsys):
     line = r"(\S+) ms/step · (\S+?)(k?) \w+/s · \S+ of \S+ TFLOP/s \((\d+)% of this CPU's peak\) · \S+ GiB"
     taken = ["--out", str(second_stage.parent)]  # by a run that is neither read nor changed
     for script, units, flags in (

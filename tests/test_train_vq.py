@@ -219,8 +219,9 @@ def test_a_step_between_two_log_lines_never_waits_for_the_gpu(full, tmp_path, mo
             name, calls = function.overloadpacket, "".join(traceback.format_stack())
             by_mask = name in (aten.index, aten.index_put, aten.index_put_) and any(
                 index is not None and index.dtype == torch.bool for index in arguments[1])
-            if watching and "torch/optim/" not in calls and (by_mask or name in (  # it counts steps on the CPU
-                    aten._local_scalar_dense, aten.nonzero, aten.bincount, aten.masked_select, aten._unique2)):
+            waits_for_gpu = by_mask or name in (aten._local_scalar_dense, aten.nonzero, aten.bincount,
+                                                aten.masked_select, aten._unique2)
+            if watching and "torch/optim/" not in calls and waits_for_gpu:  # Adam counts steps on the CPU
                 waits.append(calls)
             return function(*arguments, **options or {})
 
@@ -405,7 +406,8 @@ def test_an_unreadable_picture_is_skipped_in_training_and_in_validation_found_be
         path = folder / split / f"{number}.png"
         path.write_bytes(path.read_bytes()[:50])  # of about 82
         flags = [*vq_flags(folder, tmp_path / "run"), *"--steps 8 --eval-every 8".split()]
-        status, out, errors = shell("train_vq.py", [*flags, *["--resume"] * (split == "val")], monkeypatch, capsys)
+        status, out, errors = shell(
+            "train_vq.py", [*flags, *["--resume"] * (split == "val")], monkeypatch, capsys)
         if split == "train":
             assert (status, errors) == (0, "") and "step 8/8" in out
             assert out.count("skipped in training, 1 of 16 so far: ") == 1 and str(path) in out
@@ -416,9 +418,10 @@ def test_an_unreadable_picture_is_skipped_in_training_and_in_validation_found_be
 def test_mistakes_end_in_a_sentence_and_leave_nothing(plain, lpips, tmp_path, monkeypatch, capsys):
     wrong = ("discriminator_layers 0,discriminator_start nan,discriminator_ramp inf,perceptual_weight -1.0,"
              f"segments 256,void_label -1,codebook_size 65537,restart_every -1,seed {2**63}").split(",")
-    cases = [(plain, f"--{text.replace('_', '-')}", 2, f"{text.replace(' ', ' is ')}; it must") for text in wrong]
-    useless = [(plain, ("perceptual-weights x", "perceptual-weight 1", "segments 3", "discriminator-start 0.5",
-                        "discriminator-ramp 0.5", "discriminator-layers 2")),
+    cases = [(plain, f"--{text.replace('_', '-')}", 2, f"{text.replace(' ', ' is ')}; it")
+             for text in wrong]
+    useless = [(plain, ("perceptual-weights x", "perceptual-weight 1", "segments 3",
+                        "discriminator-start 0.5", "discriminator-ramp 0.5", "discriminator-layers 2")),
                (SCENES, ("data-dir x", "flip", "upscale", "void-label 9")),
                (MASKS, ("perceptual alexnet", "discriminator-weight 1"))]
     cases += [(flags, f"--{flag}", 2, f"--{flag.split()[0]} has no effect here")
@@ -428,7 +431,8 @@ def test_mistakes_end_in_a_sentence_and_leave_nothing(plain, lpips, tmp_path, mo
         (lpips, "--image-size 30", 2, "image_size is 30, too small .* 31"),
         (plain, "--discriminator-weight 0.8", 2, "image_size is 16, too small .* 24"),
         (plain, "--image-size 17", 2, "image_size is 17, .*choose a multiple of 2"),
-        (plain, "--target normals", 2, "has no 'normals'"), (plain, "--target depth", 1, "depth is no folder"),
+        (plain, "--target normals", 2, "has no 'normals'"),
+        (plain, "--target depth", 1, "depth is no folder"),
         (plain, "--device meta", 2, "device is 'meta', which torch cannot use here"),
         (plain, "--code-width 1000000000", 1, "too little memory")]
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -469,8 +473,8 @@ def work():
 
 def test_two_processes_agree_and_compute_what_one_does(full, tmp_path, monkeypatch):
     flags = [*full, "--codebook-size", "64", "--discriminator-start", "2", "--restart-every", "3"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__,
-               *flags, "--out", str(tmp_path / "two")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               __file__, *flags, "--out", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and done.stdout.count("replicas agree") == 2, done.stderr
