@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The multiscale prior, and completion by models of one scale. From the repository's root, after results/conditions/judge.py and
-# results/five-orders/run.sh:
+# `python results/orders/orders.py scenes`:
 #     bash results/multiscale/run.sh
 set -euo pipefail
 python train_gpt.py --multiscale --steps 3000
 cp runs/gpt-demo-scenes-row-multiscale/log.jsonl results/multiscale/log.jsonl
 cp runs/gpt-demo-scenes-row-multiscale/loss-map.png results/multiscale/loss_map.png
 python results/multiscale/measure.py runs/gpt-demo-scenes-row-multiscale/checkpoint.pt \
-    runs/gpt-demo-scenes-{row,spiral,subsample}/checkpoint.pt
+    runs/orders/scenes/{row,spiral,subsample}-0/checkpoint.pt
 # Three validation scenes as files, to be completed.
 python - <<'END'
 from PIL import Image
@@ -20,7 +20,7 @@ python sample.py --checkpoint runs/gpt-demo-scenes-row-multiscale/checkpoint.pt 
 for order in row spiral subsample; do
     mkdir -p runs/scenes
     cp runs/scene-*.png runs/scenes/
-    python sample.py --checkpoint runs/gpt-demo-scenes-$order/checkpoint.pt --complete runs/scenes --hide --count 4 \
+    python sample.py --checkpoint runs/orders/scenes/$order-0/checkpoint.pt --complete runs/scenes --hide --count 4 \
         --out results/multiscale/completion_$order.png
 done
 python sample.py --checkpoint runs/gpt-demo-scenes-row-multiscale/checkpoint.pt --count 8 --out runs/multiscale.png \

@@ -1,6 +1,6 @@
 """The README's picture: five rank grids (Fig. 2) above five rows of samples, a column for each order.
 
-    python results/five-orders/figure.py CHECKPOINT [CHECKPOINT ...] OUT.png     one checkpoint an order
+    python results/orders/figure.py CHECKPOINT [CHECKPOINT ...] OUT.png     one checkpoint an order
 """
 import sys
 from pathlib import Path
