@@ -3,7 +3,7 @@
 # `python results/orders/orders.py scenes`:
 #     bash results/multiscale/run.sh
 set -euo pipefail
-python train_gpt.py --multiscale --steps 3000
+python train_gpt.py --multiscale --steps 2400
 cp runs/gpt-demo-scenes-row-multiscale/log.jsonl results/multiscale/log.jsonl
 cp runs/gpt-demo-scenes-row-multiscale/loss-map.png results/multiscale/loss_map.png
 python results/multiscale/measure.py runs/gpt-demo-scenes-row-multiscale/checkpoint.pt \
