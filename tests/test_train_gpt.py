@@ -139,7 +139,10 @@ def test_training_is_the_plain_loop_with_warm_up_decay_and_clipping(pictures, fi
             group["lr"] = lr
         optimizer.step()
     for name, weight in gpt.state_dict().items():
-        assert torch.allclose(weight, trained["model"][name], atol=2e-5), name
+        found = trained["model"][name]
+        if name.endswith("qkv.bias"):  # that of the keys has no gradient but rounding, which Adam enlarges
+            weight, found = weight.view(3, -1)[::2], found.view(3, -1)[::2]
+        assert torch.allclose(weight, found, atol=2e-5), name
 
 
 def test_a_diverged_run_ends_in_a_sentence_before_it_is_sampled_from_or_saved(
@@ -306,19 +309,19 @@ def test_the_pixel_baseline_has_the_pixels_colours_for_codes(few_scenes, capsys)
 
 
 def test_the_weights_of_the_lowest_validation_loss_are_kept(few_scenes, capsys):
-    flags = ["--eval-every", "1", "--checkpoint-every", "9", *TINY]
-    path = train_gpt.main(["--steps", "7", "--lr", "0.1", "--warmup-steps", "6", *flags])  # too high a rate
+    flags = ["--eval-every", "1", "--checkpoint-every", "99", *TINY]
+    path = train_gpt.main(["--steps", "12", "--lr", "1", "--warmup-steps", "12", *flags])  # too high in the end
     values = [line["val"] for line in log_of(path)]
-    step = 1 + min(range(7), key=values.__getitem__)
-    assert 1 < step < 7 and f"after step {step}: " in capsys.readouterr().out
+    step = 1 + min(range(12), key=values.__getitem__)
+    assert step < 12 and f"after step {step}: " in capsys.readouterr().out
     best, last = (load_checkpoint(path.with_name(name), "gpt") for name in ("best.pt", "checkpoint.pt"))
-    assert (best["step"], last["best"]) == (step, (values[step - 1], step)) and last["step"] == 7
+    assert (best["step"], last["best"]) == (step, (values[step - 1], step)) and last["step"] == 12
     stages = {"image": FirstStage.load("runs/vq-demo-scenes/checkpoint.pt")}
     config = train_gpt.TrainConfig(**last["config"])
     codes = cache.encode_pictures(config, stages, None, ALONE)[1]
-    for checkpoint, value in ((best, values[step - 1]), (last, values[6])):
+    for checkpoint, value in ((best, values[step - 1]), (last, values[11])):
         assert train_gpt.evaluate(Prior.from_state(checkpoint), codes, config, ALONE)["val"] == value
-    train_gpt.main(["--steps", "8", "--lr", "9", "--warmup-steps", "6", "--resume", *flags])  # no lower one
+    train_gpt.main(["--steps", "13", "--lr", "9", "--warmup-steps", "12", "--resume", *flags])  # no lower one
     assert load_checkpoint(path.with_name("best.pt"), "gpt")["step"] == step
 
 
