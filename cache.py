@@ -95,7 +95,7 @@ def encode(dataset, key: data.Key, stages: Stages, files: dict[str, Path], proce
 def reserve(path: Path, part: Path, shape: tuple[int, ...]) -> Iterator[None]:
     """A file for codes of that shape: `part`, locked while it is written, which then becomes `path`.
 
-    Raises OSError if the disk is too full, rather than a crash later.
+    Raises OSError if the disk is too full, before anything is encoded.
     """
     try:
         with writing(part, "make room, or name another folder with --codes-dir"):
@@ -106,9 +106,12 @@ def reserve(path: Path, part: Path, shape: tuple[int, ...]) -> Iterator[None]:
                 os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
         with file:
             yield
+            if not fcntl:
+                file.close()  # Windows renames no open file
             part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def open_locked(path: Path) -> BinaryIO:

@@ -5,7 +5,8 @@ segmentation (S, S) uint8, 255 where a pixel has no label, depth (S, S) float32 
 has `len()`, `classes` (names, if "class" was asked for), `segments()` (labels of the masks), `fingerprint()`
 (of all that the arrays depend on) and `digest()` (of names and sizes of files). Training batch number n is a
 pure function of the seed and n, whatever the number of worker processes and interruptions. In training the
-next picture stands in for a file that cannot be read, which is named; in validation it ends the run.
+next picture stands in for a file that cannot be read, which is named ("unreadable" in the dict); in
+validation it ends the run.
 
 Symbols: B batch, C channels, H×W pixels, N pictures, S = size.
 """

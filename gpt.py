@@ -49,7 +49,8 @@ class KeyValueCache:
         device = weight.device.type  # keys and values are of the dtype that linear layers return
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         shape = (config.n_layer, batch, config.n_head, capacity, config.n_embd // config.n_head)
-        self.keys, self.values = weight.new_empty(2, *shape, dtype=dtype)  # (layers, B, heads, capacity, d)
+        self.keys = weight.new_empty(shape, dtype=dtype)  # (layers, B, heads, capacity, d)
+        self.values = torch.empty_like(self.keys)
         self.length = 0  # positions filled
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,7 @@ class PerceptualLoss(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """`distance` of images in [−1, 1]. Raises ValueError for sizes, types or values that do not fit."""
+        """`distance` of images in [−1, 1]. Raises ValueError for sizes or values that do not fit."""
         a, b, smallest = tuple(images.shape), tuple(others.shape), SMALLEST[self.backbone]
         if a != b or len(a) != 4 or a[1] not in (1, 3) or min(a[2:]) < smallest:
             raise ValueError(f"images are {a} and {b}; LPIPS with {self.backbone} needs two equal shapes "

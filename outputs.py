@@ -47,7 +47,8 @@ def replacing(path: Path, advice: str) -> Iterator[Path]:
             yield part
             part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def announce(text: str):
@@ -82,9 +83,9 @@ def claim(folder: Path, first_step: int) -> TextIO:
 
 
 def step_of(line: str) -> float:
-    """The step of a line of log.jsonl; infinity for a line that a crash cut short."""
+    """The step of a line of log.jsonl; infinity for a line that a crash cut short, by its newline at least."""
     try:
-        return json.loads(line)["step"]
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError):
         return math.inf
 

@@ -273,7 +273,7 @@ def kill_workers():
 
 def command_line(main: Callable[[], None]):
     """Run a script; a user's mistake ends with one sentence, status 2 (flag) or 1 (file), no traceback."""
-    status, message = 0, None
+    status, message, first = 0, None, os.environ.get("RANK", "0") == "0"
     try:
         main()
     except KeyboardInterrupt as error:
@@ -298,8 +298,8 @@ def command_line(main: Callable[[], None]):
             status, message = 1, "there is too little memory for this run; --help lists what saves memory"
         else:
             raise
-    if message:
-        if int(os.environ.get("RANK", 0)) > 0:
+    if message and (first or status != 130):
+        if not first:
             time.sleep(3)  # of a mistake that all make the first one tells: torchrun then ends the others
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     if torch.distributed.is_initialized():

@@ -97,7 +97,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f'{path} has no "state_dict": it is not a file of taming-transformers')
     for key, weight in dict.items(weights):
         if (not isinstance(key, str) or type(weight) not in (Tensor, torch.nn.Parameter)
-                or weight.layout != torch.strided or weight.device.type != "cpu" or weight.is_complex()
+                or weight.layout != torch.strided or weight.device.type != "cpu" or weight.is_quantized
+                or weight.is_complex()
                 or weight.untyped_storage().nbytes() < weight.numel() * weight.element_size()):
             raise ValueError(f"{path} has {key!r} in its state_dict, which is not a tensor with a name")
     return {key: Tensor.detach(weight) for key, weight in dict.items(weights)}

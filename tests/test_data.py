@@ -72,7 +72,7 @@ def test_scenes_are_the_drawn_scenes_with_channels_first():
         open_dataset("scenes", "nowhere", "val", Preparation(24, ("segmentation",), segments=7))
 
 
-def test_small_scenes_are_drawn_once_for_all_openings(monkeypatch):
+def test_small_scenes_are_drawn_once_for_all_openings():
     data.draw_once.cache_clear()
     for fields in (("image",), ("depth", "class")):
         for _ in range(2):

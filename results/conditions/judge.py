@@ -3,7 +3,7 @@
     python results/conditions/judge.py          trains it, about 10 minutes on one core, into runs/judge.pt
 
 One small U-Net reads from a picture (B, 3, 32, 32) the label of each pixel, its depth, the key points of the person
-and the class. `Judge.load()` is what conditions.py and multiscale.py use.
+and the class. `Judge.load()` is what measure.py uses, here and in ../multiscale.
 """
 import sys
 from pathlib import Path

@@ -10,9 +10,9 @@ import argparse
 import statistics
 
 import torch
-from step_time import Step
+from step_time import Step  # puts the repository on the path
 
-import run
+from outputs import memory
 
 
 def main():
@@ -29,7 +29,7 @@ def main():
     print(f"paper preset, batch of {flags.batch_size}{' · gradient checkpointing' * flags.gradient_checkpointing}"
           f" · {parameters:,} parameters · {flags.device}, "
           f"{torch.get_num_threads()} thread(s) · {seconds:.2f} s/step · peak memory "
-          f"{run.memory(step.process.device):.1f} GiB")
+          f"{memory(step.process.device):.1f} GiB")
 
 
 if __name__ == "__main__":

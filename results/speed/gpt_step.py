@@ -2,7 +2,7 @@
 
     python results/speed/gpt_step.py
 
-Both have SDPA, the same GELU, initial weights of the same sizes, float32 and fused AdamW. Medians of alternating rounds.
+Both have SDPA, the same GELU, float32 and fused AdamW. Medians of alternating rounds.
 """
 import statistics
 import sys
