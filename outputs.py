@@ -83,7 +83,7 @@ def claim(folder: Path, first_step: int) -> TextIO:
 
 
 def step_of(line: str) -> float:
-    """The step of a line of log.jsonl; infinity for a line that a crash cut short, by its newline at least."""
+    """The step of a line of log.jsonl; infinity for one that a crash cut short, even by its newline only."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError):
