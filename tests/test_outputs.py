@@ -1,5 +1,6 @@
 """A run's folder and its outputs. Oracles: the file before a failure, bit for bit; literal sentences."""
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import train_gpt
 from helpers import ALONE
-from outputs import (Log, claim, describe_data, duration, load_checkpoint, save_checkpoint, set_random_state,
-                     si)
+from outputs import (Log, claim, describe_data, duration, load_checkpoint, save_checkpoint, save_picture,
+                     set_random_state, si)
 
 DEMO = train_gpt.PRESETS["demo"]
 
@@ -89,10 +91,17 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
         assert other.apply(try_to_claim, [folder]) == "claimed"
 
 
+def test_a_file_in_the_place_of_a_folder_ends_in_a_sentence(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(OSError, match="a/b.png could not be written .*: make room"):
+        save_picture(Image.new("RGB", (1, 1)), tmp_path / "a" / "b.png")
+
+
 def test_a_claimed_folder_keeps_the_log_up_to_its_checkpoint(tmp_path):
     lines = [json.dumps({"step": step, "train": 1.0}) + "\n" for step in (1, 2, 3)]
-    for first_step, kept in ((2, [1, 2]), (0, [])):
-        (tmp_path / "log.jsonl").write_text("".join(lines) + '{"step": 2, "tra')  # torn by a crash
+    torn = ('{"step": 2, "tra', '{"step": 2, "train": 1.0}')  # by a crash, the second only before its newline
+    for (first_step, kept), end in itertools.product(((2, [1, 2]), (0, [])), torn):
+        (tmp_path / "log.jsonl").write_text(lines[0] + "{torn, too\n" + "".join(lines[1:]) + end)
         (tmp_path / "checkpoint.99.part").write_bytes(b"half")
         (tmp_path / "checkpoint.pt").write_bytes(b"whole")
         claim(tmp_path, first_step).close()
