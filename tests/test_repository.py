@@ -105,6 +105,17 @@ def test_every_documented_command_is_understood(tmp_path, monkeypatch):
         run.configure(SCRIPTS[script].PRESETS, flags)
 
 
+def test_the_readmes_reading_order_tells_the_lengths_of_all_files():
+    rows = re.findall(r"^\| (\[.*?) \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    listed = set()
+    for links, lines in rows:
+        places = [ROOT / link for link in re.findall(r"\]\((.*?)\)", links)]
+        listed |= {place.name for place in places}
+        files = [file for place in places for file in (place.glob("*.py") if place.is_dir() else [place])]
+        assert sum(len(file.read_text().splitlines()) for file in files) == pytest.approx(int(lines), rel=0.05)
+    assert listed == {file.name for file in ROOT.glob("*.py")} | {"kernels"}
+
+
 def test_ci_runs_the_command_of_the_readme():
     test_command = "-m pytest -q tests"
     assert f"python {test_command}" in (ROOT / "README.md").read_text()
