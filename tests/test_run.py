@@ -150,6 +150,10 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
         error = ValueError("a bad file")
         run.command_line(main)
     assert capsys.readouterr().err == "True, then s.py: a bad file\n"
+    with pytest.raises(SystemExit):
+        error = KeyboardInterrupt("stopped after step 9")
+        run.command_line(main)
+    assert capsys.readouterr().err == ""
     monkeypatch.delenv("RANK")
     with pytest.raises(RuntimeError, match="a mistake of ours"):  # needs its traceback
         error = RuntimeError("a mistake of ours")

@@ -32,6 +32,8 @@ import losses
 import run
 import train_vq
 from codebook import as_vectors, initialize_codebook
+from outputs import to_pixels
+from stages import FirstStage
 from vq import VQ, VQConfig
 
 LARGE = ["--image-size", "32", "--upscale"]  # enough for AlexNet and a discriminator of one layer
@@ -355,6 +357,21 @@ def test_dead_codes_move_onto_encoder_outputs_without_old_moments_and_nothing_el
     assert moments["exp_avg"][dead].eq(0).all() and moments["exp_avg_sq"][dead].eq(0).all()
     train_vq.restart_dead_codes(vq, optimizer, 1.0 - dead.float(), images * float("nan"), ALONE)
     assert torch.equal(codebook, moved)
+
+
+def test_pictures_stand_above_their_reconstructions_in_rows_of_eight(trained, tmp_path):
+    config, vq = train_vq.TrainConfig(**read(trained)["config"]), FirstStage.load(trained).vq
+    for split, count, columns in (("val", 4, 4), ("train", 16, 8)):
+        dataset = data.open_dataset("folder", config.data_dir, split, config.preparation)
+        train_vq.draw(vq, dataset, torch.ones(16), config, tmp_path / "grid.png")
+        values = torch.stack([torch.as_tensor(dataset[i, None]["image"]) for i in range(count)])
+        images = data.as_input(values, "image", 3)
+        expected = to_pixels(torch.stack([images, vq.decode(vq.encode(images))]))  # (2, N, 32, 32, 3)
+        pixels = np.asarray(Image.open(tmp_path / "grid.png")).astype(int)
+        assert pixels.shape == (2 * count // columns * 98 - 2, columns * 98 - 2, 3)  # 32·3 pixels and a gap of 2
+        for row, column in np.ndindex(2 * count // columns, columns):
+            cell = pixels[98 * row:98 * row + 96:3, 98 * column:98 * column + 96:3]
+            assert abs(cell - expected[row % 2, row // 2 * columns + column]).max() <= 1  # rounding
 
 
 def test_the_picture_of_use_is_red_for_unused_codes_and_brighter_for_frequent_ones(trained, tmp_path):
