@@ -183,6 +183,11 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Of the weights of convolutions: a tenth faster with channels last on a CPU, not measured on a GPU."""
+    return torch.channels_last if device.type == "cpu" else torch.preserve_format
+
+
 def start(config: Any) -> Process:
     """Choose the device ("auto": a GPU if any), join torchrun's other processes, seed. Raises UsageError."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

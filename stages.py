@@ -83,7 +83,7 @@ class FirstStage:
         return cls(vq, state["target"], data.Preparation(**state["preparation"]), state["trained_on"])
 
     def to(self, device: torch.device) -> "FirstStage":
-        self.vq.to(device)
+        self.vq.to(device, memory_format=run.memory_format(device))
         return self
 
     def was_trained_on(self, name: str, directory: str) -> bool:

@@ -184,7 +184,8 @@ def main(argv: list[str] | None = None) -> Path | None:
     channels = model_config.image_channels
 
     # One forward pass of the autoencoder serves its own optimizer and the discriminator's.
-    vq = VQ(model_config, config.gradient_checkpointing, config.compile).to(device)
+    vq = VQ(model_config, config.gradient_checkpointing, config.compile)
+    vq.to(device, memory_format=run.memory_format(device))
     model = DistributedDataParallel(vq) if world > 1 else vq
     optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2), fused=True)
     adversary = open_adversary(config, channels, process)

@@ -116,7 +116,7 @@ def test_the_loop_is_its_losses_written_out(plain, full, tmp_path, monkeypatch):
         config, batches = open_split(found, "train", order)
         perceptual = open_perceptual_loss(config)
         torch.manual_seed(0)
-        vq = VQ(config.model(batches[0].shape[1]))
+        vq = VQ(config.model(batches[0].shape[1])).to(memory_format=run.memory_format(torch.device("cpu")))
         adversary = train_vq.open_adversary(config, 3, ALONE)
         D = adversary and adversary.discriminator
         optimizers = [torch.optim.Adam(network.parameters(), betas=(0.3, 0.7), fused=True)
