@@ -26,7 +26,7 @@ import torch
 from numpy import ndarray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 import cifar10
 import run
@@ -129,33 +129,34 @@ class Files:
         if not self.records:
             raise FileNotFoundError(f"{show(directory)} has no {split} pictures; without val/ one in "
                                     f"{VALIDATION_SHARE} is for validation: put more there")
-        self.unreadable = set()  # what this process has reported
+        self.unreadable = set()  # indices of those that this process has named
         self.tolerated = max(5, len(self.records) // 100)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, item: tuple[int, Key]) -> dict[str, ndarray]:
-        """In training also "unreadable": why the next picture stands in for this one; empty if none does."""
+        """In training also "unreadable", if the next picture had to stand in: {index: sentence}."""
         index, key = item
-        if not self.train:
-            return prepare(self.records[index], self.preparation, None)
-        unreadable = ""
+        unreadable = {}
         for i in range(index, index + min(len(self), self.tolerated + 1)):
-            random = None if key is None else augmentation_rng(key, index)
+            random = augmentation_rng(key, index) if self.train and key is not None else None
             try:
                 fields = prepare(self.records[i % len(self)], self.preparation, random)
-                return fields | {"unreadable": unreadable}
+                return fields | ({"unreadable": unreadable} if unreadable else {})
             except UnreadableError as error:
-                unreadable = unreadable or str(error)
-        raise UnreadableError(f"none of the pictures that could stand in for it can be read: {unreadable}")
+                if not self.train:
+                    raise
+                unreadable[i % len(self)] = str(error)
+        raise UnreadableError(f"{len(unreadable)} pictures in a row cannot be read; {unreadable[index]}")
 
-    def report(self, sentence: str):
-        """Name a file once, with a running count. Raises ValueError if they are more than one in 100."""
-        if sentence not in self.unreadable:
-            self.unreadable.add(sentence)
-            count = f"{len(self.unreadable)} of {len(self):,} so far"
-            print(f"skipped in training, {count}: {sentence}", flush=True)
+    def report(self, unreadable: dict[int, str]):
+        """Name each file once, with a running count. Raises ValueError if they are more than one in 100."""
+        for index, sentence in unreadable.items():
+            if index not in self.unreadable:
+                self.unreadable.add(index)
+                print(f"skipped in training, {len(self.unreadable)} of {len(self):,} so far: {sentence}",
+                      flush=True)
         if len(self.unreadable) > self.tolerated:
             raise ValueError(f"{len(self.unreadable)} of {len(self):,} training pictures cannot be read, and "
                              f"at most {self.tolerated} may be skipped: remove or replace those named above")
@@ -293,14 +294,21 @@ def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device,
     if workers < 0:  # one per core to read files, none for data in memory or drawn
         workers = min(8, os.cpu_count() or 1) if isinstance(dataset, Files) else 0
     batches = DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=device.type == "cuda",
-                         worker_init_fn=run.ignore_signals, generator=torch.Generator())  # not the run's own
+                         collate_fn=collate, worker_init_fn=run.ignore_signals,
+                         generator=torch.Generator())  # not the run's own
     if workers:
         atexit.unregister(run.kill_workers)
         atexit.register(run.kill_workers)
-    for batch in batches:
-        for sentence in filter(None, batch.pop("unreadable", ())):
-            dataset.report(sentence)
+    for batch, unreadable in batches:
+        if unreadable:
+            dataset.report(unreadable)
         yield {field: values.to(device, non_blocking=True) for field, values in batch.items()}
+
+
+def collate(items: list[dict]) -> tuple[dict[str, Tensor], dict[int, str]]:
+    """A batch of items, and apart from it which files of theirs are unreadable."""
+    unreadable = {i: text for item in items for i, text in item.pop("unreadable", {}).items()}
+    return default_collate(items), unreadable
 
 
 def check_files(dataset, rank: int, world: int, workers: int):

@@ -180,8 +180,16 @@ class GPT(nn.Module):
         if prefix.shape[1] + steps - 1 > self.config.block_size:
             raise ValueError(f"a prefix of {prefix.shape[1]} and {steps} steps do not fit the "
                              f"{self.config.block_size} positions of this GPT (block_size)")
+        if sampled_tokens is None:
+            sampled_tokens = self.config.vocab_size
+        if steps < 0 or not 1 <= sampled_tokens <= self.config.vocab_size:
+            raise ValueError(f"steps is {steps} and sampled_tokens {sampled_tokens}; steps must be at least "
+                             "0, sampled_tokens at least 1 and at most the vocabulary's "
+                             f"{self.config.vocab_size}")
         batch, training = len(prefix), self.training
         if guidance != 1:
+            if null_prefix is None or null_prefix.shape != prefix.shape:
+                raise ValueError("guidance needs a null_prefix of the prefix's shape")
             prefix = torch.cat([prefix, null_prefix])  # (2B, P)
         self.eval()
         capacity = prefix.shape[1] + max(0, steps - 1)

@@ -98,14 +98,16 @@ class PerceptualLoss(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """`distance` of images in [−1, 1]. Raises ValueError for sizes or values that do not fit."""
+        """`distance` of images in [−1, 1]. Raises ValueError for sizes, types or values that do not fit."""
         a, b, smallest = tuple(images.shape), tuple(others.shape), SMALLEST[self.backbone]
         if a != b or len(a) != 4 or a[1] not in (1, 3) or min(a[2:]) < smallest:
             raise ValueError(f"images are {a} and {b}; LPIPS with {self.backbone} needs two equal shapes "
                              f"(B, 1 or 3, H, W) of at least {smallest}×{smallest} pixels")
-        largest = torch.stack([images, others]).detach().abs().amax().item()
-        if largest > 1.001:  # 0.001 for rounding; NaN passes
-            raise ValueError(f"images go up to ±{largest:.4g}; LPIPS needs [−1, 1], not [0, 255]")
+        for batch in (images, others):
+            largest = batch.detach().abs().amax().item()
+            if not batch.is_floating_point() or largest > 1.001:  # 0.001 for rounding; NaN passes
+                raise ValueError(f"images are {batch.dtype} up to ±{largest:.4g}; LPIPS needs float32 in "
+                                 "[−1, 1], not [0, 255]")
         return self.distance(images, others)
 
     def distance(self, images: Tensor, others: Tensor) -> Tensor:

@@ -98,9 +98,10 @@ def read(path: str | Path) -> dict[str, Tensor]:
     for key, weight in dict.items(weights):
         if (not isinstance(key, str) or type(weight) not in (Tensor, torch.nn.Parameter)
                 or weight.layout != torch.strided or weight.device.type != "cpu" or weight.is_quantized
-                or weight.is_complex()
-                or weight.untyped_storage().nbytes() < weight.numel() * weight.element_size()):
+                or weight.is_complex()):
             raise ValueError(f"{path} has {key!r} in its state_dict, which is not a tensor with a name")
+        if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
+            raise ValueError(f"{path} has too few numbers for the shape {tuple(weight.shape)} of {key!r}")
     return {key: Tensor.detach(weight) for key, weight in dict.items(weights)}
 
 

@@ -566,10 +566,9 @@ def test_one_training_picture_in_a_hundred_may_be_unreadable_but_none_may_be_wro
         (tmp_path / "train" / f"{i}.png").touch()
     save(tmp_path / "val" / "a.png")
     dataset = opened(tmp_path, split="train")
-    for i in range(7):
-        dataset.report(f"{i}.png cannot be read")
+    dataset.report({i: "a sentence" for i in range(7)})
     with pytest.raises(ValueError, match="^8 of 700 training pictures cannot be read, .* at most 7 may be"):
-        dataset.report("7.png cannot be read")
+        dataset.report({7: "a sentence"})
     save(dataset.records[0]["image"], size=(9, 9))  # is a picture
     with pytest.raises(ValueError, match="has 9×9 pixels, too few") as error:
         dataset[0, None]

@@ -277,11 +277,15 @@ def test_what_generate_cannot_do_is_refused_and_the_last_token_needs_no_position
     model = random_gpt()
     for length, steps in ((5, 12), (16, 1)):
         assert model.generate(random_tokens(2, length), steps, cached=cached).shape == (2, 17)  # 16 positions
-    for length, steps, sentence in (
-            (5, 13, "a prefix of 5 and 13 steps do not fit the 16 positions"),
-            (0, 3, "a prefix of at least one token")):
+    for length, steps, sampled_tokens, sentence in (
+            (5, 13, None, "a prefix of 5 and 13 steps do not fit the 16 positions"),
+            (0, 3, None, "a prefix of at least one token"), (5, -1, None, "steps is -1"),
+            (5, 3, 14, "sampled_tokens 14"), (5, 3, -1, "sampled_tokens -1")):
         with pytest.raises(ValueError, match=sentence):
-            model.generate(random_tokens(2, length), steps, cached=cached)
+            model.generate(random_tokens(2, length), steps, sampled_tokens=sampled_tokens, cached=cached)
+    for null_prefix in (None, random_tokens(2, 4)):
+        with pytest.raises(ValueError, match="guidance needs a null_prefix of the prefix's shape"):
+            model.generate(random_tokens(2, 5), 3, guidance=2.0, null_prefix=null_prefix, cached=cached)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -145,7 +145,7 @@ def test_images_of_another_range_or_size_are_refused_but_not_a_decoders_in_train
     assert alexnet(real, real * torch.nan).isnan().all()  # the training log reports it
     for wrong in (real * 127.5 + 127.5, real * 1.01):
         for arguments in ((wrong, real), (real, wrong)):
-            with pytest.raises(ValueError, match=r"up to ±.*; LPIPS needs \[−1, 1\]"):
+            with pytest.raises(ValueError, match=r"up to ±.*; LPIPS needs float32 in \[−1, 1\]"):
                 alexnet(*arguments)
     assert torch.equal(alexnet.distance(real, real / 2), alexnet(real, real / 2))
     assert alexnet.distance(real, 3 * real).isfinite().all()
@@ -153,7 +153,7 @@ def test_images_of_another_range_or_size_are_refused_but_not_a_decoders_in_train
             (pictures(2), pictures(1), r"are \(2, 3, 32, 32\) and \(1, 3, 32, 32\); LPIPS with alexnet"),
             (pictures(size=30), pictures(size=30), "at least 31×31 pixels"),
             (pictures(channels=2), pictures(channels=2), r"\(B, 1 or 3, H, W\)"),
-            (real[0], real[0], "needs two equal shapes")):
+            (real[0], real[0], "needs two equal shapes"), (real.byte(), real, "images are torch.uint8")):
         with pytest.raises(ValueError, match=sentence):
             alexnet(a, b)
     with pytest.raises(ValueError, match="at least 16×16 pixels"):

@@ -132,7 +132,8 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
             (OSError(28, "No space", "a.gif"), 1, "s.py: a.gif could not be written (No space): make room\n"),
             (OSError(28, "No space"), 1, "s.py: the output could not be written (No space): make room\n"),
             (from_worker, 1, "s.py: a.png ended\n"), (KeyboardInterrupt("stopped"), 130, "s.py: stopped\n"),
-            (KeyboardInterrupt(), 130, "s.py: interrupted; checkpoints and finished code caches"),
+            (KeyboardInterrupt(), 130,
+             "s.py: interrupted; checkpoints and finished code caches are intact\n"),
             (torch.OutOfMemoryError("CUDA"), 1, "s.py: there is too little memory"),
             (RuntimeError("cannot allocate 9 bytes"), 1, "s.py: there is too little memory")]:
         def main():

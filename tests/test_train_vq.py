@@ -435,7 +435,7 @@ def test_an_unreadable_picture_is_skipped_in_training_and_in_validation_found_be
 def test_mistakes_end_in_a_sentence_and_leave_nothing(plain, lpips, tmp_path, monkeypatch, capsys):
     wrong = ("discriminator_layers 0,discriminator_start nan,discriminator_ramp inf,perceptual_weight -1.0,"
              f"segments 256,void_label -1,codebook_size 65537,restart_every -1,seed {2**63}").split(",")
-    cases = [(plain, f"--{text.replace('_', '-')}", 2, f"{text.replace(' ', ' is ')}; it")
+    cases = [(plain, f"--{text.replace('_', '-')}", 2, f"{text.replace(' ', ' is ')}; it must")
              for text in wrong]
     useless = [(plain, ("perceptual-weights x", "perceptual-weight 1", "segments 3",
                         "discriminator-start 0.5", "discriminator-ramp 0.5", "discriminator-layers 2")),

@@ -16,7 +16,7 @@ for folder in ("", "results/efficiency"):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
 
 import data
-from frechet import all_features, frechet
+from frechet import all_features, classify, frechet
 from outputs import to_pixels
 from stages import Prior, Sampling
 
@@ -29,8 +29,7 @@ def main():
 
     def report(name: str, pictures: Tensor, labels: np.ndarray):
         found = all_features(weights, to_pixels(pictures).transpose(0, 3, 1, 2))  # (N, 64)
-        logits = found @ weights["linear.weight"].double().numpy().T + weights["linear.bias"].double().numpy()
-        right = logits.argmax(1) == labels
+        right = classify(weights, found) == labels
         each = " ".join(f"{prior.classes[i]} {right[labels == i].mean():.2f}" for i in range(10))
         print(f"{name}: {right.mean():.3f} of classes right ({each}), Fréchet distance {frechet(found, real):.2f}", flush=True)
 

@@ -48,6 +48,12 @@ def all_features(weights: dict[str, Tensor], images: np.ndarray) -> np.ndarray:
     return torch.cat([features(weights, batch) for batch in batches]).double().numpy()
 
 
+def classify(weights: dict[str, Tensor], features: np.ndarray) -> np.ndarray:
+    """The network's classes of features (N, 64): (N,)."""
+    logits = features @ weights["linear.weight"].double().numpy().T + weights["linear.bias"].double().numpy()
+    return logits.argmax(1)
+
+
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """|μa − μb|² + tr(Σa + Σb − 2·(Σa Σb)^½) of two sets of features (N, D)."""
     (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a, b))
@@ -64,8 +70,7 @@ def main():
     train = data.Cifar10("train", Path(directory), data.Preparation(32))
     images = test.images.reshape(-1, 3, 32, 32)
     real = all_features(weights, images)
-    logits = real @ weights["linear.weight"].double().numpy().T + weights["linear.bias"].double().numpy()
-    print(f"accuracy on {len(images):,} test pictures: {(logits.argmax(1) == test.labels).mean():.2%}")
+    print(f"accuracy on {len(images):,} test pictures: {(classify(weights, real) == test.labels).mean():.2%}")
     count = len(list(Path(folders[0]).glob("[0-9]*[0-9].png"))) if folders else 5000
     some = train.images[np.random.default_rng(0).permutation(len(train))[:count]].reshape(-1, 3, 32, 32)
     print(f"{count:,} training pictures: {frechet(all_features(weights, some), real):.3f}")
