@@ -27,6 +27,7 @@ except ImportError:  # Windows: there unfinished files of killed runs stay
 @dataclass(frozen=True)
 class Views:
     """Codes of N pictures in several views, memory maps (N, …), indexed as if one array (views · N, …)."""
+    dataset: Any  # of these pictures
     arrays: list[np.ndarray]
 
     def __len__(self) -> int:
@@ -52,7 +53,7 @@ def cached_codes(config: Any, split: str, dataset, stages: Stages, process: run.
     shapes = {field: (N, stage.side, stage.side) if stage else (N,) for field, stage in stages.items()}
     networks = {field: stage and stage.hash() for field, stage in stages.items()}
     directory, fingerprint = Path(config.codes_dir), dataset.fingerprint()
-    views = {field: Views([]) for field in stages}
+    views = {field: Views(dataset, []) for field in stages}
     for view, key in enumerate(keys, 1):
         names = {field: hashlib.sha256(json.dumps([field, network, fingerprint, key]).encode())
                  for field, network in networks.items()}

@@ -272,9 +272,10 @@ def training_order(count: int, batch_size: int, seed: int, start: int = 0, rank:
         yield list(itertools.islice(items, batch_size))[rank::world]
 
 
-def name_batch(dataset, batch_size: int, seed: int, step: int) -> str:
+def name_batch(dataset, views: int, batch_size: int, seed: int, step: int) -> str:
     """Which pictures a training step was made of: their files, or their numbers if they have none."""
-    index = [i for i, _ in next(training_order(len(dataset), batch_size, seed, step - 1))]
+    N = len(dataset)
+    index = [i % N for i, _ in next(training_order(views * N, batch_size, seed, step - 1))]
     if not isinstance(dataset, Files):
         return f"the pictures number {', '.join(map(str, index))}"
     files = [next(iter(dataset.records[i].values())).relative_to(dataset.directory) for i in index]

@@ -208,7 +208,7 @@ class Log:
     """
 
     def __init__(self, config: Any, process: Any, first_step: int, unit: str, units_per_step: int,
-                 name_batch: Callable[[int], str] | None = None):
+                 name_batch: Callable[[int], str]):
         self.path, self.process, self.steps = config.folder / "log.jsonl", process, config.steps
         self.unit, self.units_per_step, self.checkpoint_every = unit, units_per_step, config.checkpoint_every
         self.began = self.last = time.perf_counter()
@@ -234,7 +234,7 @@ class Log:
                       if not math.isfinite(value)]
         self.added = {}
         for step, name, value in sorted(wrong):  # the first step, for all after it are as bad
-            self.check(step, {name: value}, f" with {self.name_batch(step)}" if self.name_batch else "")
+            self.check(step, {name: value}, f" with {self.name_batch(step)}")
         return means
 
     def check(self, step: int, losses: dict, batch: str = ""):

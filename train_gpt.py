@@ -188,7 +188,8 @@ def main(argv: list[str] | None = None) -> Path | None:
         return benchmark_training(lambda: train_step(batch), config, process, "tokens", sum(layout.lengths))
     count, T = len(training["image"]), sum(layout.lengths)
     order = data.training_order(count, config.batch_size, config.seed, first_step, rank, world)
-    log = Log(config, process, first_step, "tokens", config.batch_size * T)
+    log = Log(config, process, first_step, "tokens", config.batch_size * T, lambda step: data.name_batch(
+        training["image"].dataset, config.views, config.batch_size, config.seed, step))
     scores, samples_path = {}, None
     for step, due in run.steps(config, process, first_step):
         lr = run.set_learning_rate(optimizer, config, step)

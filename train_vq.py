@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         last = functools.partial(train_step, next(batches), config.steps, config.lr)
         return benchmark_training(last, config, process, "images", 1)
     log = Log(config, process, first_step, "images", config.batch_size,
-              lambda step: data.name_batch(training, config.batch_size, config.seed, step))
+              lambda step: data.name_batch(training, 1, config.batch_size, config.seed, step))
     scores, picture_path = {}, None
     for step, due in run.steps(config, process, first_step):
         lr = run.set_learning_rate(optimizer, config, step)

@@ -4,6 +4,9 @@ One thread: the tensors are small, and more threads wait for each other on a bus
 kernels run in Triton's interpreter.
 """
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses inherit it
@@ -15,6 +18,20 @@ from PIL import Image  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilers(request) -> Iterator[dict[str, subprocess.Popen]]:
+    """compile_kernels.py for both targets, if a test needs it: on the other core, while the tests run."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    needed = any(item.path.name == "test_compile.py" for item in request.session.items)
+    script = Path(__file__).with_name("compile_kernels.py")
+    processes = {target: subprocess.Popen([sys.executable, script, target], text=True, env=environment,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                 for target in ("80", "90") if needed}
+    yield processes
+    for process in processes.values():
+        process.kill()
 
 
 @pytest.fixture(scope="session")

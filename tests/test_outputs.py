@@ -85,7 +85,7 @@ def try_to_claim(folder: Path) -> str:
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     folder = tmp_path / "new" / "run"
     with multiprocessing.get_context("fork").Pool(1) as other:
-        log = Log(dataclasses.replace(DEMO, out=str(folder)), ALONE, 0, "tokens", 1)  # holds the lock
+        log = Log(dataclasses.replace(DEMO, out=str(folder)), ALONE, 0, "tokens", 1, str)  # holds the lock
         assert f"another process is training in {folder}: wait" in other.apply(try_to_claim, [folder])
         del log
         assert other.apply(try_to_claim, [folder]) == "claimed"
@@ -144,7 +144,7 @@ def test_numbers_are_printed_with_units():
 
 def open_log(folder, first_step: int = 0, units: int = 5, **settings) -> Log:
     config = dataclasses.replace(DEMO, out=str(folder), steps=9, **settings)
-    return Log(config, ALONE, first_step, "tokens", units)
+    return Log(config, ALONE, first_step, "tokens", units, lambda step: f"the pictures of {step}")
 
 
 def read_log(folder) -> list[dict]:
@@ -182,7 +182,6 @@ def test_logged_values_are_means_since_the_last_line_and_a_diverged_one_is_named
             (math.inf, 2, 7, "go on from .*checkpoint.pt of step 2 with --resume and a lower --lr"),
             (-math.inf, 2, 6, "go on from .*checkpoint.pt of step 6 with --resume and a lower --lr")]:
         log = open_log(tmp_path / str(value), first_step, checkpoint_every=every)
-        log.name_batch = lambda step: f"the pictures of {step}"
         for step in range(first_step + 1, 10):
             log.add({"l1": torch.tensor(math.nan if step > 7 else 1.0),
                      "vq": torch.tensor(value if step > 6 else 1.0)})

@@ -145,17 +145,22 @@ def test_training_is_the_plain_loop_with_warm_up_decay_and_clipping(pictures, fi
         assert torch.allclose(weight, found, atol=2e-5), name
 
 
-def test_a_diverged_run_ends_in_a_sentence_before_it_is_sampled_from_or_saved(
+def test_a_diverged_run_ends_before_it_is_sampled_from_or_saved_and_names_its_pictures(
         pictures, first_stage, tmp_path, monkeypatch, capsys):
     for name, evaluations, loss in (("a", "99", "train"), ("b", "1", "val")):
         before, flags = None, gpt_flags(pictures, first_stage, tmp_path / name)
-        flags += "--steps 30 --checkpoint-every 1".split()
+        flags += "--steps 30 --checkpoint-every 1 --views 3".split()
         if loss == "val":
             before = train_gpt.main([*flags, "--steps", "1"]).read_bytes()
             flags.append("--resume")
         flags += ["--eval-every", evaluations, "--lr", "1e30"]
         status, _, errors = shell("train_gpt.py", flags, monkeypatch, capsys)
-        assert status == 1 and re.search(rf"the {loss} loss became (nan|inf) in step \d+: ", errors)
+        found = re.search(rf"the {loss} loss became (?:nan|inf) in step (\d+)(?: with (.*))?: ", errors)
+        assert status == 1 and found
+        if loss == "train":  # an evaluation has no batch
+            names = sorted(path.name for path in (pictures / "train").iterdir())
+            batch = next(data.training_order(3 * len(names), 4, seed=0, start=int(found[1]) - 1))
+            assert found[2] == ", ".join(f"train/{names[i % len(names)]}" for i, _ in batch)
         checkpoint = tmp_path / name / "checkpoint.pt"
         assert before in (None, checkpoint.read_bytes())
         assert all(weight.isfinite().all() for weight in load_checkpoint(checkpoint, "gpt")["model"].values())
