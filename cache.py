@@ -15,18 +15,13 @@ import numpy as np
 
 import data
 import run
-from outputs import announce, describe_data, writing
+from outputs import announce, describe_data, fcntl, writing
 from stages import Stages
-
-try:
-    import fcntl
-except ImportError:  # Windows: there unfinished files of killed runs stay
-    fcntl = None
 
 
 @dataclass(frozen=True)
 class Views:
-    """Codes of N pictures in several views, memory maps (N, …), indexed as if one array (views · N, …)."""
+    """Codes of N pictures in several views (augmentations), memory maps (N, …), indexed as (views · N, …)."""
     dataset: Any  # of these pictures
     arrays: list[np.ndarray]
 
@@ -47,7 +42,7 @@ def cached_codes(config: Any, split: str, dataset, stages: Stages, process: run.
     and more views add files. All fields are encoded in one pass, by all processes of the run.
     Raises OSError for a full disk, ValueError for a damaged file.
     """
-    N, keys = len(dataset), [None]  # of the augmentation of each view
+    N, keys = len(dataset), [None]  # each view's augmentation key
     if split == "train":
         keys += [(config.seed, view) for view in range(1, config.views)]
     shapes = {field: (N, stage.side, stage.side) if stage else (N,) for field, stage in stages.items()}
@@ -58,7 +53,7 @@ def cached_codes(config: Any, split: str, dataset, stages: Stages, process: run.
         names = {field: hashlib.sha256(json.dumps([field, network, fingerprint, key]).encode())
                  for field, network in networks.items()}
         paths = {field: directory / f"codes-{name.hexdigest()[:16]}.npy" for field, name in names.items()}
-        # The first process decides, and names the unfinished files: all write the same.
+        # Rank 0 decides what is missing, and names the unfinished files that all ranks write.
         missing = [field for field, path in paths.items() if not path.is_file()]
         identity, missing = process.agree([os.urandom(4).hex(), missing])
         if missing:
@@ -73,7 +68,7 @@ def cached_codes(config: Any, split: str, dataset, stages: Stages, process: run.
                 process.wait_for_all()
                 encode(dataset, key, stages, parts, process, config.workers)
                 process.wait_for_all()
-            process.wait_for_all()  # until they have their names
+            process.wait_for_all()  # until they are renamed
         for field, path in paths.items():
             views[field].arrays.append(read_codes(path, shapes[field]))
     return views
@@ -122,7 +117,7 @@ def open_locked(path: Path) -> BinaryIO:
         with contextlib.suppress(OSError):  # a file system may have no locks
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX)
-        if path.exists():  # else another run has just taken it for an abandoned one
+        if path.exists():  # else another run has just removed it as abandoned
             return file
 
 

@@ -55,6 +55,7 @@ def find_folder(directory: Path) -> Path:
     if digest != MD5:
         raise ValueError(f"{show(archive)} has the md5 sum {digest} instead of {MD5}: "
                          "remove it to fetch it again")
-    with writing(directory / name, "make room, and remove what is there of it"), tarfile.open(archive) as tar:
+    advice = "make room, and remove the unfinished folder"
+    with writing(directory / name, advice), tarfile.open(archive) as tar:
         tar.extractall(directory, filter="data")
     return directory / name

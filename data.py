@@ -4,9 +4,9 @@
 segmentation (S, S) uint8, 255 where a pixel has no label, depth (S, S) float32 in [−1, 1], class int64. It
 has `len()`, `classes` (names, if "class" was asked for), `segments()` (labels of the masks), `fingerprint()`
 (of all that the arrays depend on) and `digest()` (of names and sizes of files). Training batch number n is a
-pure function of the seed and n, whatever the number of worker processes and interruptions. In training the
-next picture stands in for a file that cannot be read, which is named ("unreadable" in the dict); in
-validation it ends the run.
+pure function of the seed and n, whatever the number of worker processes and interruptions. In training an
+unreadable file is reported ("unreadable" in the dict) and replaced by the next picture; in validation it
+ends the run.
 
 Symbols: B batch, C channels, H×W pixels, N pictures, S = size.
 """
@@ -167,7 +167,7 @@ class Files:
             return ADE20K_SEGMENTS
         largest = 0
         for record in self.records:
-            with contextlib.suppress(UnreadableError):  # named when it is read for training, or refused
+            with contextlib.suppress(UnreadableError):  # reported in training, refused in validation
                 labels = np.asarray(open_field("segmentation", record, self.preparation))
                 largest = max(largest, int(labels.max(initial=0, where=labels != NO_LABEL)))
         return 1 + largest
@@ -207,7 +207,7 @@ def prepare(record: Record, preparation: Preparation, random: np.random.Generato
         raise ValueError(f"{name} has {width}×{height} pixels, too few for an image_size of {size}: remove "
                          "it, or train the first stage with --upscale or a lower --image-size")
     for field, picture in pictures.items():
-        pixel = 1 / min(width, height, *picture.size)  # by which small ones are rounded
+        pixel = 1 / min(width, height, *picture.size)  # rounding error of a small picture's sides
         if abs(width / height * picture.height / picture.width - 1) > 0.02 + pixel:
             raise ValueError(f"{show(record[field])} has {picture.width}×{picture.height} pixels but {name} "
                              f"{width}×{height}: both must show the same, upright, at any resolution")
@@ -237,7 +237,7 @@ def read_field(path: Path, field: str, preparation: Preparation,
 
 
 def augmentation_rng(key: Key, index: int) -> np.random.Generator:
-    """Random numbers for a picture's augmentation; the 1 sets them apart from those that shuffle an epoch."""
+    """Random numbers for a picture's augmentation; the 1 separates them from an epoch's shuffle."""
     return np.random.default_rng((*key, index, 1))
 
 
@@ -323,7 +323,7 @@ def check_files(dataset, rank: int, world: int, workers: int):
 def as_input(values: Tensor, field: str, channels: int) -> Tensor:
     """A field of a batch for a first stage, (B, C, H, W) float32: in [−1, 1], but masks as one-hot (§A.1).
 
-    Pixels without a label are 0 in all channels of that.
+    Pixels without a label are 0 in all channels.
     """
     if field == "segmentation":
         labels = torch.arange(channels, device=values.device)[:, None, None]

@@ -54,7 +54,7 @@ class Preparation:
     fields: tuple[str, ...] = ("image",)  # of "image", "segmentation", "depth", "pose", "class"
     flip: bool = False  # mirror half of the training pictures
     upscale: bool = False  # enlarge pictures smaller than S instead of refusing them
-    void_label: int = NO_LABEL  # in the masks: pixels that have no label, as those of 255 always
+    void_label: int = NO_LABEL  # in a mask: this pixel has no label; so does 255, always
     segments: int = 0  # labels of the masks; ValueError for one that has more; 0: not checked
 
 
@@ -154,7 +154,7 @@ def any_folder(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
 
 
 def field_folders(root: Path, fields: tuple[str, ...]) -> dict[str, Path]:
-    """Where the files of each field lie. ValueError if masks may be among the pictures, or splits in it."""
+    """Where the files of each field lie. ValueError if masks or splits may be among the pictures."""
     there, asked = subfolders(root), [field for field in fields if field != "class"] or ["image"]
     beside = set(FIELDS[1:]) & set(there)
     images = there.get("images", root if asked == ["image"] else root / "images")
@@ -172,13 +172,13 @@ def field_folders(root: Path, fields: tuple[str, ...]) -> dict[str, Path]:
 
 def unclear(folder: Path) -> ValueError:
     names = ", ".join(show(path.name) for path in subfolders(folder).values())
-    return ValueError(f"{show(folder)} has the folders {names}: which are pictures, and what is validation, "
-                      "cannot be told; expected are train/ and val/ or neither, and in them pictures, or "
+    return ValueError(f"{show(folder)} has the folders {names}: which hold pictures, and which validation, "
+                      "cannot be told; expected are train/ and val/ or neither, each with pictures, or "
                       "images/ beside segmentation/, depth/ or pose/ (for ADE20K: --data ade20k)")
 
 
 def path_hash(path: Path) -> int:
-    """A number that depends on a name without its suffix: adding files moves no other between the splits."""
+    """A number that depends on a name without its suffix: adding files changes the split of no other."""
     return int(hashlib.sha256(os.fsencode(path.with_suffix("").as_posix())).hexdigest(), 16)
 
 
@@ -197,7 +197,7 @@ def restricted_imagenet(directory: Path, split: str, fields: tuple[str, ...]) ->
     records, classes = imagenet(directory, split, fields)
     if len(classes) != 1000:
         raise FileNotFoundError(f"{show(directory / 'train')} has {len(classes)} class folders; "
-                                "restricted-imagenet counts through all 1,000, of which some may be empty")
+                                "restricted-imagenet numbers all 1,000, of which some may be empty")
     group = {label: i for i, (first, last) in enumerate(RESTRICTED.values())
              for label in range(first, last + 1)}
     return [record | {"class": group[record["class"]]} for record in records
@@ -285,14 +285,14 @@ def open_labels(path: Path, void_label: int = NO_LABEL, segments: int = 0) -> Im
     wrong = labels[(labels != NO_LABEL) & ((labels < 0) | (labels >= limit))]
     if wrong.size:
         raise ValueError(f"{show(path)} has the label {wrong[0]}, but labels go from 0 to {limit - 1} (255: "
-                         "none): correct it, raise --segments, or name a label of no class by --void-label")
+                         "none): correct it, raise --segments, or declare it void by --void-label")
     return Image.fromarray(labels.astype(np.uint8))
 
 
 def open_depth(path: Path) -> Image.Image:
     """A depth map, a grey picture or a .npy file with (H, W), scaled from its range to [−1, 1]; §4 (ii)."""
     picture = open_array(path) if path.suffix.lower() == ".npy" else open_image(path)
-    if isinstance(picture, Image.Image) and picture.mode == "P":  # its numbers are those of colours
+    if isinstance(picture, Image.Image) and picture.mode == "P":  # its numbers are indices of colours
         picture = picture.convert("RGB")
     depth = np.squeeze(np.asarray(picture)).astype(np.float64)  # float32 would round large numbers
     if depth.ndim != 2 or not depth.size:

@@ -114,7 +114,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        std = 0.64 / math.sqrt(config.n_embd)  # GPT2-medium's 0.02, and outputs as large where it is narrower
+        std = 0.64 / math.sqrt(config.n_embd)  # 0.02 at GPT2-medium's width
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.out.weight", "mlp.2.weight")):  # into the residual stream
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer))  # GPT-2's report, §2.3

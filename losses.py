@@ -235,7 +235,7 @@ class Adversary:
         return step >= self.start
 
     def weight_at(self, step: int) -> float:
-        """0 before `start`, weight/ramp in it, `weight` from step start + ramp − 1 on."""
+        """0 before `start`, weight/ramp at it, `weight` from step start + ramp − 1 on."""
         return self.weight * min(max((step - self.start + 1) / max(self.ramp, 1), 0.0), 1.0)
 
     def generator_loss(self, nll: Tensor, reconstructions: Tensor, last_layer: Tensor,
@@ -252,8 +252,8 @@ class Adversary:
     def train_step(self, images: Tensor, reconstructions: Tensor, lr: float) -> dict[str, Tensor]:
         """One step of D on images and reconstructions (B, C, H, W): its loss and mean logits, for the log.
 
-        Two passes, as in VQGAN: neither batch is normalized by the other's statistics. They are why gradients
-        are averaged here: DistributedDataParallel overwrites the buffers of the norms in each pass.
+        Two passes, as in VQGAN: neither batch is normalized by the other's statistics. So gradients are
+        averaged here: DistributedDataParallel would overwrite BatchNorm's buffers in each pass.
         """
         real = self.discriminator(images)  # (B, 1, h', w')
         fake = self.discriminator(reconstructions.detach())
@@ -274,7 +274,7 @@ class Adversary:
                 "start": self.start, "ramp": self.ramp}
 
     def load_state_dict(self, state: dict, step: int):
-        """Resume after `step`. A longer run may have a later schedule, but one that has begun is kept."""
+        """Resume after `step`. A schedule that has begun is kept; before that the new run's holds."""
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["start"] <= step:
@@ -286,7 +286,7 @@ class Adversary:
 def mask_loss(one_hot: Tensor, logits: Tensor, labelled: Tensor) -> Tensor:
     """Cross-entropy of masks (B, C, H, W) in nats per labelled pixel, scalar; 0 if no pixel has a label.
 
-    `labelled` (): labelled pixels, in the mean over all processes, so that each label weighs alike.
+    `labelled` (): labelled pixels, averaged over all processes, so that each pixel has equal weight.
     """
     return F.cross_entropy(logits, one_hot, reduction="sum") / labelled.clamp(min=1e-6)
 

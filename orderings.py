@@ -40,11 +40,11 @@ def by_quarters(name: str, height: int, width: int, quarters: Callable[[Tensor],
 def row(height: int, width: int) -> Tensor:
     """Row by row from the top left.
 
-    >>> print(picture(row(4, 4), 4, 4))
-     0  1  2  3
-     4  5  6  7
-     8  9 10 11
-    12 13 14 15
+    >>> ranks(row(4, 4), 4, 4)
+    tensor([[ 0,  1,  2,  3],
+            [ 4,  5,  6,  7],
+            [ 8,  9, 10, 11],
+            [12, 13, 14, 15]])
     """
     return cells(height, width).flatten()
 
@@ -55,11 +55,11 @@ def spiral(height: int, width: int) -> Tensor:
     Starts left of and below the centre, then up, right, down, left in legs of 1, 1, 2, 2, 3, 3, … cells; what
     lies outside the grid is skipped.
 
-    >>> print(picture(spiral(4, 4), 4, 4))
-     9 10 11 12
-     8  1  2 13
-     7  0  3 14
-     6  5  4 15
+    >>> ranks(spiral(4, 4), 4, 4)
+    tensor([[ 9, 10, 11, 12],
+            [ 8,  1,  2, 13],
+            [ 7,  0,  3, 14],
+            [ 6,  5,  4, 15]])
     """
     index = cells(height, width)
     y, x = height // 2, (width - 1) // 2
@@ -79,11 +79,11 @@ def spiral(height: int, width: int) -> Tensor:
 def zcurve(height: int, width: int) -> Tensor:
     """Quadrant by quadrant (Morton code), which keeps neighbours together; squares of a power of two.
 
-    >>> print(picture(zcurve(4, 4), 4, 4))
-     0  1  4  5
-     2  3  6  7
-     8  9 12 13
-    10 11 14 15
+    >>> ranks(zcurve(4, 4), 4, 4)
+    tensor([[ 0,  1,  4,  5],
+            [ 2,  3,  6,  7],
+            [ 8,  9, 12, 13],
+            [10, 11, 14, 15]])
     """
     return by_quarters("zcurve", height, width,
                        lambda square: [part for half in square.chunk(2, 0) for part in half.chunk(2, 1)])
@@ -94,11 +94,11 @@ def subsample(height: int, width: int) -> Tensor:
 
     The same recursion as `zcurve`, over the four interleaved quarters instead of the four quadrants.
 
-    >>> print(picture(subsample(4, 4), 4, 4))
-     0  4  1  5
-     8 12  9 13
-     2  6  3  7
-    10 14 11 15
+    >>> ranks(subsample(4, 4), 4, 4)
+    tensor([[ 0,  4,  1,  5],
+            [ 8, 12,  9, 13],
+            [ 2,  6,  3,  7],
+            [10, 14, 11, 15]])
     """
     return by_quarters("subsample", height, width,
                        lambda square: [square[y::2, x::2] for y in (0, 1) for x in (0, 1)])
@@ -107,11 +107,11 @@ def subsample(height: int, width: int) -> Tensor:
 def alternate(height: int, width: int) -> Tensor:
     """Row by row, every second row from right to left.
 
-    >>> print(picture(alternate(4, 4), 4, 4))
-     0  1  2  3
-     7  6  5  4
-     8  9 10 11
-    15 14 13 12
+    >>> ranks(alternate(4, 4), 4, 4)
+    tensor([[ 0,  1,  2,  3],
+            [ 7,  6,  5,  4],
+            [ 8,  9, 10, 11],
+            [15, 14, 13, 12]])
     """
     index = cells(height, width)
     index[1::2] = index[1::2].flip(1)
@@ -124,13 +124,6 @@ ORDERINGS = {order.__name__: order for order in (row, spiral, zcurve, subsample,
 def ranks(p: Tensor, height: int, width: int) -> Tensor:
     """The step at which each cell is visited, the inverse of p: (T,) → (height, width) int64."""
     return torch.argsort(p).view(height, width)
-
-
-def picture(p: Tensor, height: int, width: int) -> str:
-    """The rank grid of an order as text, as the docstrings above show it."""
-    digits = len(str(height * width - 1))
-    lines = ranks(p, height, width).tolist()
-    return "\n".join(" ".join(f"{rank:{digits}d}" for rank in line) for line in lines)
 
 
 def unroll(codes: Tensor, p: Tensor) -> Tensor:
@@ -200,17 +193,17 @@ class TokenLayout:
 
     @property
     def prefix_length(self) -> int:
-        """P."""
+        """P, the tokens before the image."""
         return max(1, self.condition_length)
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """V, the number of ids."""
         return self.codebook_size + self.condition_size + self.null_token
 
     @property
     def block_size(self) -> int:
-        """Positions that a GPT needs: 512 for the paper's maps. Nothing follows the last token."""
+        """Positions that a GPT needs: 512 for the paper's maps. The last token is never an input."""
         return self.condition_length + sum(self.lengths)
 
     @property
@@ -247,7 +240,7 @@ class TokenLayout:
         return torch.cat([self.prefix(condition, len(image)).to(image.device, non_blocking=True), image], 1)
 
     def grids(self, image_tokens: Tensor) -> list[Tensor]:
-        """The inverse, also for losses or ranks by step: (B, T) → grids coarse to fine, (B, h, w) each."""
+        """Inverse of `image_tokens`, also for losses or ranks: (B, T) → grids coarse to fine, (B, h, w)."""
         parts = image_tokens.split(self.lengths, dim=1)
         return [roll_up(part, permutation(self.order, *size, part.device), *size)
                 for part, size in zip(parts, self.sizes)]

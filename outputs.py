@@ -1,7 +1,7 @@
 """What a run leaves in its folder: checkpoint, log and pictures, each written whole or not at all.
 
 A checkpoint is a dict of plain values and tensors. Besides what the script puts there it has "kind" (vq or
-gpt), the config, the step, the random states and where it comes from. Nothing in one is run when it is read.
+gpt), the config, the step, the random states and where it comes from. Reading one executes no code.
 """
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ from torch import Tensor
 
 try:
     import fcntl
-except ImportError:  # Windows: there the folder is not locked
+except ImportError:  # Windows: there no folder is locked, and unfinished files of killed runs stay
     fcntl = None
 
 
@@ -93,8 +93,8 @@ def step_of(line: str) -> float:
 def save_checkpoint(config: Any, process: Any, step: int, parts: dict, name: str = "checkpoint.pt"):
     """Write a checkpoint from the first process: `parts` and what every run has, plain values and tensors.
 
-    A crash or a full disk leaves the file before it intact. Raises OSError, or ValueError if the weights,
-    parts["model"], are not finite: then the loss still was, and the next one would not be.
+    A crash or a full disk leaves the previous file intact. Raises OSError, or ValueError if the weights,
+    parts["model"], are not finite: a loss that was still finite, before this step, does not show that.
     """
     path, former = config.folder / name, config.folder / "checkpoint.pt"
     if not all(weight.isfinite().all() for weight in parts.get("model", {}).values()):
@@ -138,7 +138,7 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
 def describe_data(config: Any, dataset, checkpoint: dict | None) -> dict:
     """The identity of a data set, for the checkpoint; on resume compared with the one there.
 
-    A folder that was moved goes on silently, one with other pictures only in the same place, and says so.
+    A moved folder is accepted silently; changed pictures only in the same folder, with a message.
     Raises ValueError for other pictures elsewhere, or other classes.
     """
     known = {"data": config.data, "data_dir": config.data_dir, "digest": dataset.digest(),
@@ -152,7 +152,7 @@ def describe_data(config: Any, dataset, checkpoint: dict | None) -> dict:
             raise ValueError(f"{config.data_dir} holds other pictures than {before['data_dir']}, on which "
                              "this run was trained; name the folder to which those were moved")
         announce(f"pictures were added to {config.data_dir} or removed: training goes on with those that are "
-                 "there now, in an order drawn anew")
+                 "there now, in a new random order")
     return known
 
 
@@ -233,7 +233,7 @@ class Log:
             wrong += [(step, name, value) for step, value in zip(steps, values.tolist())
                       if not math.isfinite(value)]
         self.added = {}
-        for step, name, value in sorted(wrong):  # the first step, for all after it are as bad
+        for step, name, value in sorted(wrong):  # the first step is named; later ones follow from it
             self.check(step, {name: value}, f" with {self.name_batch(step)}")
         return means
 
@@ -257,7 +257,7 @@ class Log:
     def finish(self, picture_path: Path | None) -> Path:
         """Print the last line; returns the path of the checkpoint."""
         path, seconds = self.path.with_name("checkpoint.pt"), time.perf_counter() - self.began
-        announce(f"done in {duration(seconds)} · {path} · {picture_path or 'no step was left'}")
+        announce(f"done in {duration(seconds)} · {path} · {picture_path or 'all steps were done before'}")
         return path
 
     def line(self, step: int, text: str, values: dict):

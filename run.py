@@ -94,7 +94,7 @@ def parse_flags(presets: dict[str, Any], argv: list[str] | None) -> dict[str, An
 
 
 def flag(name: str) -> str:
-    """--condition-vq of the field condition_vq; --class of class_, for Python keeps the word."""
+    """--condition-vq of the field condition_vq; --class of class_, as class is a Python keyword."""
     return "--" + name.rstrip("_").replace("_", "-")
 
 
@@ -269,7 +269,7 @@ def ignore_signals(worker: int):
 
 
 def kill_workers():
-    """At exit multiprocessing sends a SIGTERM to workers that are left, and would wait for them forever."""
+    """At exit multiprocessing would send workers SIGTERM, which they ignore, and wait for them forever."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports them as crashed
     for worker in multiprocessing.active_children():
@@ -289,7 +289,7 @@ def command_line(main: Callable[[], None]):
         # An error in a worker process arrives with that process's traceback in front of the sentence.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         status, message = 1, re.sub(r"^[\w.]+Error: ", "", lines[-1])
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of the screen's file, or a library's
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of stdout's file, or a library's
             message = f"{error.filename or 'the output'} could not be written ({error.strerror}): make room"
     except (RuntimeError, MemoryError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -305,7 +305,7 @@ def command_line(main: Callable[[], None]):
             raise
     if message and (first or status != 130):
         if not first:
-            time.sleep(3)  # of a mistake that all make the first one tells: torchrun then ends the others
+            time.sleep(3)  # rank 0 reports a mistake that all ranks make; torchrun then ends the others
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     if torch.distributed.is_initialized():
         end_at_once(status)

@@ -42,10 +42,10 @@ class SampleConfig:
     """The defaults are the paper's; `PRESETS` says what differs. Raises ValueError for unworkable values."""
     preset: str = "paper"  # demo, cifar10 or paper: which set of defaults the other flags change
     checkpoint: str = "runs/gpt-paper-folder-row/checkpoint.pt"  # by train_gpt.py, or by the authors' code
-    n_head: int = 0  # heads in a file of the authors', which does not tell; 0: as in the model they released
+    n_head: int = 0  # attention heads in a file of the authors', which does not store them; 0: as released
     out: str = "samples.png"  # .png, .jpg or .webp: one grid of all samples; else a folder for numbered files
     animate: str = ""  # also write this .gif of the first samples being filled code by code
-    benchmark: bool = False  # measure speed only; with --preset paper and no checkpoint, that of its shape
+    benchmark: bool = False  # only measure speed; --preset paper without a checkpoint: of random weights
 
     class_: str = ""  # names or numbers of classes, separated by commas: a row of samples each
     condition: str = ""  # mask, depth map, pose or key points, or a folder of them: a row of samples each
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None):
     else:
         prior = Prior.load(config.checkpoint, device, config.n_head)
     if config.n_head and prior.trained_on:
-        raise run.UsageError("--n-head has no effect here: only the authors' files do not tell it")
+        raise run.UsageError("--n-head has no effect here: only the authors' files do not store it")
     if config.benchmark:
         return benchmark_sampling(prior, config.batch_size, config.sampling)
     rows, columns, total = plan(prior, config)
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None):
         times = [3000 // len(frames)] * (len(frames) - 1) + [1500]  # ms: three seconds, then a pause
         save_picture(frames[0], Path(config.animate), save_all=True, append_images=frames[1:], loop=0,
                      duration=times)
-        print(f"the same being filled code by code in {config.animate}")
+        print(f"an animation of the first samples in {config.animate}")
 
 
 def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int, int]:

@@ -42,8 +42,8 @@ class FirstStage:
     def load(cls, path: Path, field: str = "image") -> "FirstStage":
         """From a checkpoint of train_vq.py, or a file of the authors'.
 
-        The authors' files do not tell the size of the pictures. 16×16 codes are assumed, which is 256×256 for
-        all of f16; smaller pictures are enlarged, as in the authors' data sets. Raises FileNotFoundError, or
+        The authors' files do not store the size of the pictures. 16×16 codes are assumed: 256×256 pixels for
+        f16; smaller pictures are enlarged, as in the authors' data sets. Raises FileNotFoundError, or
         ValueError for another file, or a first stage of another field.
         """
         if taming.recognizes(path):
@@ -181,7 +181,7 @@ class Prior:
 
     @classmethod
     def from_taming(cls, path: str | Path, n_head: int) -> "Prior":
-        """Theirs starts with code 0; here a null token of its own has the same embedding."""
+        """Their start token is code 0; here a null token of its own has the same embedding."""
         gpt, image = GPT.from_taming(path, n_head), FirstStage.load(path)
         written = taming.writing_order(path)  # (T,)
         side = round(len(written) ** 0.5)

@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         lr = run.set_learning_rate(optimizer, config, step)
         log.add({"train": train_step([index for index, _ in next(order)])})
 
-        # A diverged run ends at the means or scores, before it is sampled from or saved.
+        # means() or check() raises if the run has diverged, before it is sampled from or saved.
         if due.log:
             means = log.means()
             if due.evaluate:
@@ -245,7 +245,7 @@ def default_stage(config: TrainConfig, field: str, process: run.Process) -> Firs
         return FirstStage(VQ(own.model()), field, own.preparation, {})
     path = own.folder / "checkpoint.pt"
     finished = FirstStage.is_finished(path)
-    process.wait_for_all()  # nobody writes the file before all have looked
+    process.wait_for_all()  # no process writes it before all have read it
     if not finished:
         announce(f"no finished first stage in {path.parent}: training it first")
         flags = ["--preset", config.preset, "--data", config.data, "--target", field,
@@ -256,8 +256,8 @@ def default_stage(config: TrainConfig, field: str, process: run.Process) -> Firs
     stage = FirstStage.load(path, field)
     if not stage.was_trained_on(config.data, config.data_dir):
         raise ValueError(f"{path} was trained on {stage.trained_on['data_dir']}, not on {config.data_dir}: "
-                         f"name it with --{'vq' if field == 'image' else 'condition-vq'} to use it all the "
-                         "same, or train another with train_vq.py --out and name that")
+                         f"name it with --{'vq' if field == 'image' else 'condition-vq'} to use it "
+                         "anyway, or train another with train_vq.py --out and name that")
     return stage
 
 

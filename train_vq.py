@@ -48,7 +48,7 @@ class TrainConfig:
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
     target: str = "image"  # what is coded: image, segmentation, depth or pose, §4
     segments: int = 0  # labels of the masks, for --target segmentation; 0: as many as are found in them
-    void_label: int = 255  # in the masks: pixels that have no label (255 always means that, too)
+    void_label: int = 255  # in a mask: this pixel has no label; so does 255, always
     image_size: int = 256  # pixels along each side, §2
     flip: bool = False  # mirror half of the training pictures
     upscale: bool = True  # enlarge pictures that are smaller than image_size instead of refusing them
@@ -62,12 +62,12 @@ class TrainConfig:
     commitment_weight: float = VQConfig.commitment_weight  # β, weight of the commitment loss, §A.1
     restart_every: int = 100  # steps after which dead codes, unused since, are reinitialized; 0: never
 
-    perceptual: str = "vgg16"  # LPIPS beside L1, §A.1, by vgg16 or alexnet; or none, as always for masks
+    perceptual: str = "vgg16"  # network of LPIPS: vgg16 (§A.1) or alexnet; or none, as always for masks
     perceptual_weights: str = ""  # file of LPIPS weights; empty: fetched once, 553 MB (alexnet: 244 MB)
-    perceptual_weight: float = 1.0  # of LPIPS; 0: only measured. As the next: the authors' release
+    perceptual_weight: float = 1.0  # of LPIPS; 0: only measured. This and the next: authors' release
     discriminator_weight: float = 0.8  # of the adversarial loss, times λ; 0: none, as for masks
-    discriminator_start: float = 0.5  # step, or below 1 share of the steps, at which it starts to train
-    discriminator_ramp: float = 0.1  # steps, or share of them, of the linear ramp of its weight from 0
+    discriminator_start: float = 0.5  # step at which it starts to train; below 1: a share of all steps
+    discriminator_ramp: float = 0.1  # length of its weight's linear ramp from 0, likewise
     discriminator_layers: int = 3  # strided layers; receptive field 70×70 with 3, 34×34 with 2, 16×16 with 1
 
     steps: int = 500_000  # training steps; the paper gives none
@@ -142,7 +142,7 @@ class TrainConfig:
         return [
             (self.data == "scenes", "data_dir flip upscale", "the scenes are drawn, not read or augmented"),
             (self.data == "cifar10", "upscale", "CIFAR-10's pictures are 32×32"),
-            (not self.one_hot or self.data == "scenes", "segments void_label", "these are no files of masks"),
+            (not self.one_hot or self.data == "scenes", "segments void_label", "it is for files of masks"),
             (self.one_hot, "perceptual discriminator_weight", "masks are trained with cross-entropy alone"),
             (not self.perceives, "perceptual_weights perceptual_weight", "there is no --perceptual loss"),
             (not self.adversarial, "discriminator_start discriminator_ramp discriminator_layers",
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         images = next(batches)  # (B, C, H, W)
         log.add(train_step(images, step, lr))
 
-        # A diverged run ends at the means, before anything is drawn or saved.
+        # means() raises if the run has diverged, before anything is drawn or saved.
         if due.log:
             means = log.means()
             if due.evaluate:
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         if config.restart_every and step % config.restart_every == 0 and step < config.steps:
             restart_dead_codes(vq, optimizer, uses, images, process)
         if due.save:
-            process.total(uses)  # all processes go on from the same; it only matters which are 0
+            process.total(uses)  # all processes resume with the same; only which are 0 matters
             save_checkpoint(config, process, step, {
                 "model_config": asdict(model_config), "model": vq.state_dict(), "target": config.target,
                 "preparation": asdict(config.preparation), "trained_on": trained_on, "uses": uses,

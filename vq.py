@@ -260,7 +260,7 @@ class VQ(nn.Module):
         if size < 1 or h % size or w % size:
             raise ValueError(f"size is {size}; it must be at least 1 and divide both sides of {h}×{w} codes")
         if h == w == size:
-            return codes  # of equal rows in the codebook a lookup would find the first only
+            return codes  # a lookup would replace codes by the first of equal rows
         pooled = F.avg_pool2d(self.embed(codes), (h // size, w // size))  # (B, D, size, size)
         return assign_codes(pooled, self.quantizer.codebook)
 

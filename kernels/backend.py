@@ -36,7 +36,7 @@ def compare(title: str, forms: dict, flops: float, bytes_moved: float, tensor_co
     """Time several functions that do the same and print a line each; `tensor_cores` is "3xTF32" or "16 bit".
 
     On a GPU: memory taken, median of a call from Python, that of its kernels alone (a replayed CUDA graph),
-    the latter's rate, and the share of it that the GPU needs at its attainable rate of arithmetic or memory.
+    the latter's rate, and the share of it that attainable arithmetic or bandwidth would take (a roofline).
     Without one: ratios to the fastest. A form that cannot run is named.
     """
     on_gpu, lines, times = torch.cuda.is_available(), {}, {}

@@ -211,8 +211,8 @@ def tiles(kernel, dtype: torch.dtype, width: int) -> dict[str, int]:
         return dict(BLOCK_Q=16 if width > 64 else 32, BLOCK_K=16, num_warps=4, num_stages=2)
     if width > 64:
         return dict(BLOCK_Q=64, BLOCK_K=32, num_warps=8, num_stages=2)
-    queries = 32 if kernel is key_value_gradient_kernel else 64  # what backward loops over is half as long:
-    keys = 32 if kernel is query_gradient_kernel else 64  # it holds two products at a time
+    queries = 32 if kernel is key_value_gradient_kernel else 64  # backward holds two products at a time:
+    keys = 32 if kernel is query_gradient_kernel else 64  # the tile that it loops over is half as long
     return dict(BLOCK_Q=queries, BLOCK_K=keys, num_warps=4, num_stages=3)
 
 
@@ -221,7 +221,7 @@ def launch(kernel, *tensors: Tensor):
     (B, heads, Tq, width), T = tensors[0].shape, tensors[1].shape[2]
     tile = tiles(kernel, tensors[0].dtype, width)
     blocks = cdiv(T, tile["BLOCK_K"]) if kernel is key_value_gradient_kernel else cdiv(Tq, tile["BLOCK_Q"])
-    dense = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]  # those written to are dense
+    dense = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]  # outputs already are
     with_strides = [(x, x.stride()[:3]) if x.ndim == 4 else x for x in dense]
     with torch.cuda.device_of(tensors[0]):
         kernel[(B * heads * blocks,)](

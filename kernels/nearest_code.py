@@ -3,8 +3,8 @@
     argmin_k |x − c_k|²  =  argmin_k ( |c_k|² − 2 x·c_k )
 
 |x|² is the same for every k and is left out, which also rounds less. What the codes have in common is
-subtracted from both sides first: distances do not change, but an offset no longer eats the digits that tell
-two codes apart.
+subtracted from both sides first: distances do not change, but an offset no longer costs the digits in which
+two codes differ.
 
 The plain form writes the (N, K) scores to memory and reads them again for the argmin: 8·N·K bytes beside the
 4·N·D of the input, eight times as many at K = 1,024 and D = 256. The kernel loops over tiles of the codebook,
@@ -17,8 +17,8 @@ a low part of at most 12 bits, and three products take the place of one:
     x·c  =  x_high·c_high + (x_high·c_low + x_low·c_high) + x_low·c_low
 
 The last is left out: at most 2⁻²² |x_d c_d|, and TF32 drops one bit of each low part, 2⁻²³ |x_d c_d| twice:
-all in all 2⁻²¹ Σ_d |x_d c_d|, a few roundings of float32. The bracket has a sum of its own, for added to the
-large one its digits would be lost. The codebook is split once per call, the vectors as they are read.
+all in all 2⁻²¹ Σ_d |x_d c_d|, a few roundings of float32. The bracket has an accumulator of its own: in
+the large one its digits would be lost. The codebook is split once per call, the vectors as they are read.
 
     python -m kernels.nearest_code    checks the kernels and prints a table (without a GPU: of the reference)
 
@@ -55,8 +55,8 @@ def nearest_code_reference(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def common_offset(codebook: Tensor) -> Tensor:
-    """The mean of a codebook (K, D), rounded: (D,). Each to a multiple of the power of two above the codes'
-    largest distance to it, which subtracts without rounding: codes that were equally near stay so."""
+    """The mean of a codebook (K, D), each rounded to a multiple of the power of two above the codes' largest
+    deviation from it: (D,). Its subtraction is exact, so codes that were equally near stay so."""
     mean = codebook.mean(0)  # (D,)
     spread = torch.maximum(codebook.amax(0) - mean, mean - codebook.amin(0))  # (D,)
     spread = spread.maximum(mean.abs() * torch.finfo(codebook.dtype).eps)
