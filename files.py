@@ -197,7 +197,7 @@ def restricted_imagenet(directory: Path, split: str, fields: tuple[str, ...]) ->
     records, classes = imagenet(directory, split, fields)
     if len(classes) != 1000:
         raise FileNotFoundError(f"{show(directory / 'train')} has {len(classes)} class folders; "
-                                "restricted-imagenet numbers all 1,000, of which some may be empty")
+                                "restricted-imagenet counts through all 1,000, of which some may be empty")
     group = {label: i for i, (first, last) in enumerate(RESTRICTED.values())
              for label in range(first, last + 1)}
     return [record | {"class": group[record["class"]]} for record in records
