@@ -25,7 +25,7 @@ from scenes import draw_keypoints
 
 Record = dict[str, Path | ndarray | int]
 Listing = tuple[list[Record], tuple[str, ...]]  # the records of a split, and the names of the classes
-READER_VERSION = 1  # raise it when anything here changes what a file becomes: cached codes are then made anew
+READER_VERSION = 2  # raise it when anything here changes what a file becomes: cached codes are then made anew
 
 FIELDS = ("image", "segmentation", "depth", "pose")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")  # case does not matter
@@ -85,10 +85,10 @@ def refuse_unreadable(error: OSError):
     raise FileNotFoundError(f"{show(error.filename)} cannot be listed ({error.strerror})")
 
 
-def subfolders(folder: Path) -> dict[str, Path]:
-    """The visible folders in a folder by their names in lower case; {} if there is no such folder."""
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder that are not hidden, sorted; [] if there is no such folder."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {path.name.lower(): path for path in paths if path.is_dir() and not path.name.startswith(".")}
+    return [path for path in paths if path.is_dir() and not path.name.startswith(".")]
 
 
 def pair_by_stem(folders: dict[str, Path]) -> list[Record]:
@@ -134,7 +134,7 @@ def label_classes(records: list[Record], folders: dict[str, Path], classes: tupl
 
 def any_folder(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
     """Your own pictures; masks, depth maps and poses in folders of that name beside images/."""
-    there = subfolders(directory)
+    there = {path.name.lower(): path for path in subfolders(directory)}
     validation = [there[name] for name in VALIDATION_FOLDERS if name in there]
     if len(validation) > 1 or "train" not in there and SPLIT_FOLDERS & set(there):
         raise unclear(directory)
@@ -142,7 +142,7 @@ def any_folder(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
     folders = field_folders(validation if split == "val" and validation else train, fields)
     (field, root), records, classes = next(iter(folders.items())), pair_by_stem(folders), ()
     if "class" in fields:
-        places = subfolders(field_folders(train, fields)[field]).values()
+        places = subfolders(field_folders(train, fields)[field])
         classes = tuple(place.name for place in places if list_files(place, field))
         label_classes(records, folders, classes)
     if validation:
@@ -155,7 +155,8 @@ def any_folder(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
 
 def field_folders(root: Path, fields: tuple[str, ...]) -> dict[str, Path]:
     """Where the files of each field lie. ValueError if masks or splits may be among the pictures."""
-    there, asked = subfolders(root), [field for field in fields if field != "class"] or ["image"]
+    there = {path.name.lower(): path for path in subfolders(root)}
+    asked = [field for field in fields if field != "class"] or ["image"]
     beside = set(FIELDS[1:]) & set(there)
     images = there.get("images", root if asked == ["image"] else root / "images")
     mixed = len(there) > 1 and not beside if "images" in there else MASK_FOLDERS & set(there)
@@ -165,13 +166,13 @@ def field_folders(root: Path, fields: tuple[str, ...]) -> dict[str, Path]:
     if "pose" in folders and ".npy" in {path.suffix.lower() for path in list_files(folders["pose"], "pose")}:
         folders["image"] = images  # its size is needed to draw the key points
     for folder in folders.values():
-        if len(SPLIT_FOLDERS & set(subfolders(folder))) > 1:  # one may be a class: a train
+        if len(SPLIT_FOLDERS & {path.name.lower() for path in subfolders(folder)}) > 1:  # one may be a class
             raise unclear(folder)
     return folders
 
 
 def unclear(folder: Path) -> ValueError:
-    names = ", ".join(show(path.name) for path in subfolders(folder).values())
+    names = ", ".join(show(path.name) for path in subfolders(folder))
     return ValueError(f"{show(folder)} has the folders {names}: which hold pictures, and which validation, "
                       "cannot be told; expected are train/ and val/ or neither, each with pictures, or "
                       "images/ beside segmentation/, depth/ or pose/ (for ADE20K: --data ade20k)")
@@ -187,7 +188,7 @@ def imagenet(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
     asked = [field for field in fields if field != "class"] or ["image"]
     folders = {field: directory / ("" if field == "image" else field) / split for field in asked}
     records = pair_by_stem(folders)
-    classes = tuple(path.name for path in subfolders(directory / "train").values())
+    classes = tuple(path.name for path in subfolders(directory / "train"))
     label_classes(records, folders, classes)
     return records, classes
 
@@ -324,7 +325,7 @@ def open_pose(pose: Path | ndarray, image: Path | None, size: int) -> Image.Imag
     Without an image they are pixels of the S×S picture; ValueError if they do not fit into it.
     """
     if isinstance(pose, Path) and pose.suffix.lower() != ".npy":
-        return open_rgb(pose, size)
+        return open_rgb(pose, size=0)
     points = open_array(pose) if isinstance(pose, Path) else pose
     if points.ndim != 2 or points.shape[1] not in (2, 3):
         raise ValueError(f"{show(pose)} has the shape {points.shape}; key points are (J, 2), x and y in "

@@ -73,8 +73,9 @@ def claim(folder: Path, first_step: int) -> TextIO:
         except OSError:
             raise ValueError(f"another process is training in {folder}: wait for it, stop it, or name "
                              "another --out") from None
-    for part in folder.glob("*.part"):
-        part.unlink()
+    for name in ("checkpoint.pt", "best.pt", "log.jsonl", "step-*.png", "loss-map.png"):
+        for part in folder.glob(f"{name}.part"):
+            part.unlink()
     log = folder / "log.jsonl"
     lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() and first_step else []
     with replacing(log, advice) as part:

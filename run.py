@@ -200,8 +200,8 @@ def start(config: Any) -> Process:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # in which evaluations sum up
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         raise UsageError(f"device is {device!r}, which torch cannot use here ({str(error).splitlines()[0]}); "
                          "try --device cpu") from None
     device = torch.device(device)
@@ -279,6 +279,7 @@ def kill_workers():
 def command_line(main: Callable[[], None]):
     """Run a script; a user's mistake ends with one sentence, status 2 (flag) or 1 (file), no traceback."""
     status, message, first = 0, None, os.environ.get("RANK", "0") == "0"
+    sys.stdout.reconfigure(errors="replace")  # redirected on Windows, its encoding has no → or λ
     try:
         main()
     except KeyboardInterrupt as error:

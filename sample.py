@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None):
             print(f"{done} of {total} samples · eta {duration(left)}", flush=True)
     if config.one_file:
         save_picture(arrange(shown, torch.cat(pictures), columns), out)
-    print(f"{done} samples in {out}")
+    print(f"{done} samples in {out}" + (", one for each validation condition" if done < total else ""))
     if config.animate:
         frames = fill_animation(prior, first[:16])
         times = [3000 // len(frames)] * (len(frames) - 1) + [1500]  # ms: three seconds, then a pause
@@ -168,6 +168,10 @@ def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int, int]:
                                zip(config.shape, (layout.height, layout.width))):
         raise run.UsageError(f"size is {config.size}; both must be multiples of {f}, and at least "
                              f"{layout.height * f}x{layout.width * f}, as in training")
+    stage = prior.stages.get(prior.condition)
+    if config.size and stage and stage.side != layout.height:
+        raise run.UsageError(f"--size needs maps of as many codes as the pictures: this model's have "
+                             f"{stage.side}×{stage.side}, its pictures {layout.height}×{layout.width}")
     if config.scales_from or config.complete:
         row, *more = list_conditions(prior, config) if named else [Row()]
         if more:
@@ -241,6 +245,9 @@ def list_given(prior: Prior, config: SampleConfig) -> Iterator[tuple[Tensor, Ten
     if config.scales_from and not layout.scales:
         raise run.UsageError(f"--scales-from needs a model of several scales, unlike {config.checkpoint}; "
                              "train one with --multiscale")
+    if config.hide and layout.scales:
+        raise run.UsageError("--hide needs a model of one scale: the coarser grids, which are kept, would "
+                             "show the grey")
     T = sum(layout.lengths)
     kept = round(config.keep * T)
     for path in list_inputs(config.complete or config.scales_from, "image"):
@@ -282,8 +289,9 @@ def save_condition(prior: Prior, row: Row, folder: Path, number: int):
     value = row.record[0].cpu().numpy()
     if prior.condition == "class":
         names = folder / "classes.txt"
-        with writing(names, "make room"), names.open("a") as file:
-            file.write(f"{number:06d} {prior.classes[value]}\n")
+        text = f"{number:06d} {prior.classes[value]}\n".encode(errors="surrogateescape")  # as folders' names
+        with writing(names, "make room"), names.open("ab") as file:
+            file.write(text)
         return
     if prior.condition == "depth":
         value = np.round((value + 1) * 32767.5).astype(np.uint16)

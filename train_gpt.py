@@ -53,7 +53,7 @@ class TrainConfig:
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
     workers: int = -1  # of the data loader; -1: one a core, at most 8 (none for data in memory)
     vq: str = ""  # first stage: by train_vq.py, or the authors' (vqgan.ckpt); empty: runs/vq-PRESET-DATA/
-    views: int = 1  # encodings of each training picture: not augmented, then cropped or flipped at random
+    views: int = 1  # encodings of each training picture: as it is, then augmented as in the first stage
     codes_dir: str = "runs/codes"  # folder of the code cache, which all runs share
 
     order: str = "row"  # row, spiral, zcurve, subsample or alternate: how a grid is unrolled, §3, Fig. 2
@@ -247,6 +247,10 @@ def default_stage(config: TrainConfig, field: str, process: run.Process) -> Firs
     finished = FirstStage.is_finished(path)
     process.wait_for_all()  # no process writes it before all have read it
     if not finished:
+        if own.batch_size % process.world and not path.exists():
+            raise run.UsageError(f"there is no first stage in {path.parent}, and its preset's batch_size, "
+                                 f"{own.batch_size}, cannot be shared evenly by {process.world} processes: "
+                                 "train it first, by train_vq.py with another --batch-size")
         announce(f"no finished first stage in {path.parent}: training it first")
         flags = ["--preset", config.preset, "--data", config.data, "--target", field,
                  "--device", config.device, "--workers", str(config.workers)]

@@ -5,7 +5,10 @@ from torch.utils.benchmark import Timer
 try:
     import triton
     import triton.language as tl
+    HAS_TRITON = True
 except ImportError:  # macOS, Windows: the kernels stay plain functions that nothing calls
+    HAS_TRITON = False
+
     class triton:
         jit = staticmethod(lambda kernel: kernel)
 
@@ -22,8 +25,8 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def has_tf32(device: torch.device) -> bool:
-    """Whether tensor cores there multiply TF32: NVIDIA GPUs since Ampere."""
-    return (device.type == "cuda" and torch.version.hip is None
+    """Whether Triton is there, and tensor cores multiply TF32: NVIDIA GPUs since Ampere."""
+    return (HAS_TRITON and device.type == "cuda" and torch.version.hip is None
             and torch.cuda.get_device_capability(device) >= (8, 0))
 
 

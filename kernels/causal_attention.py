@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.backend import cdiv, compare, describe_device, tl, triton
+from kernels.backend import HAS_TRITON, cdiv, compare, describe_device, tl, triton
 
 
 def causal_attention_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -314,7 +314,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     The kernels on a GPU, torch's fused attention elsewhere. Raises ValueError for other shapes or Tq > T.
     """
-    return (causal_attention_triton if query.is_cuda else causal_attention_torch)(query, key, value)
+    attention = causal_attention_triton if HAS_TRITON and query.is_cuda else causal_attention_torch
+    return attention(query, key, value)
 
 
 def main():

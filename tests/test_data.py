@@ -250,6 +250,9 @@ def test_shrinking_averages_pictures_mixes_no_labels_and_keeps_depth_in_its_rang
                           ("depth", stripes)):
         values = read_field(write(tmp_path / "a.png", pixels), field, Preparation(32)).float()
         assert (values - (0 if field == "depth" else 127)).abs().max() < (0.1 if field == "depth" else 12)
+    pose = np.stack([stripes.repeat(4, 0)[:256]] * 3, 2)  # a larger size than in training needs their detail
+    values = read_field(write(tmp_path / "a.jpg", pose), "pose", Preparation(32), (256, 256))
+    assert np.abs(values[0].numpy().transpose(1, 2, 0) - pose.astype(float)).mean() < 12
     labels = np.random.default_rng(0).choice([3, 90, 255], (50, 60)).astype(np.uint8)
     depth = write(tmp_path / "b.npy", labels > 89)
     for size in (20, 75):

@@ -102,12 +102,14 @@ def test_a_claimed_folder_keeps_the_log_up_to_its_checkpoint(tmp_path):
     torn = ('{"step": 2, "tra', '{"step": 2, "train": 1.0}')  # by a crash, the second only before its newline
     for (first_step, kept), end in itertools.product(((2, [1, 2]), (0, [])), torn):
         (tmp_path / "log.jsonl").write_text(lines[0] + "{torn, too\n" + "".join(lines[1:]) + end)
-        (tmp_path / "checkpoint.99.part").write_bytes(b"half")
+        for name in ("checkpoint.pt", "best.pt", "step-000003-codes.png", "another_program's"):
+            (tmp_path / f"{name}.part").write_bytes(b"half")
         (tmp_path / "checkpoint.pt").write_bytes(b"whole")
         claim(tmp_path, first_step).close()
         lines_left = (tmp_path / "log.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines_left] == kept
-        assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "lock", "log.jsonl"]
+        names = ["another_program's.part", "checkpoint.pt", "lock", "log.jsonl"]
+        assert sorted(file.name for file in tmp_path.iterdir()) == names
 
 
 class Pictures:

@@ -1,5 +1,6 @@
 """What the scripts share. Oracles: values worked out by hand, and literal schedules."""
 import dataclasses
+import io
 import math
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import run
 import train_gpt
 import train_vq
 from helpers import ALONE, vq_flags
+from outputs import announce
 
 DEMO = train_gpt.PRESETS["demo"]
 
@@ -51,7 +53,7 @@ def test_values_and_devices_that_no_run_can_have_are_refused(monkeypatch):
                         ("lr", math.inf), ("lr", math.nan), ("beta1", 1.0), ("beta2", -0.1), ("workers", -2)]:
         with pytest.raises(ValueError, match=f"^{name} is {value}; it must"):
             dataclasses.replace(DEMO, **{name: value})
-    for device in ("tpu9", "meta"):
+    for device in ("tpu9", "meta", "hpu"):  # of the last torch does not know the module
         with pytest.raises(run.UsageError, match=f"device is '{device}'"):
             run.start(dataclasses.replace(DEMO, device=device))
     config = dataclasses.replace(DEMO, device="cpu", seed=5)
@@ -144,6 +146,12 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
             run.command_line(main)
         shown = capsys.readouterr().err
         assert ending.value.code == status and shown.startswith(sentence) and len(shown.splitlines()) <= 1
+    for encoding in ("utf-8", "cp1252"):  # the latter on Windows, if the output goes to a file
+        output = io.TextIOWrapper(io.BytesIO(), encoding, write_through=True)
+        with monkeypatch.context() as redirected, pytest.raises(SystemExit):
+            redirected.setattr(sys, "stdout", output)
+            run.command_line(lambda: announce("λ → 1"))
+        assert output.buffer.getvalue().decode(encoding) in ("λ → 1\n", "? ? 1\n")
     # Of a mistake that all processes make the first one tells: until the others do, torchrun has ended them.
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(time, "sleep", lambda seconds: sys.stderr.write(f"{seconds >= 2}, then "))

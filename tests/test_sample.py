@@ -2,6 +2,7 @@
 
 Oracles: `Prior.sample` with the same conditions and random numbers, the drawn scenes, and the order itself.
 """
+import dataclasses
 import itertools
 import time
 from pathlib import Path
@@ -19,8 +20,8 @@ from gpt import GPT
 from helpers import build, seeded, shell
 from orderings import ORDERINGS
 from outputs import picture_grid, to_pixels
-from stages import Prior, Sampling
-from vq import VQ
+from stages import FirstStage, Prior, Sampling
+from vq import VQ, Palette
 
 
 @pytest.fixture
@@ -48,6 +49,15 @@ def save(prior: Prior) -> Path:
 def pixels(path: Path | str) -> np.ndarray:
     with Image.open(path) as picture:
         return np.asarray(picture)
+
+
+def pixels_behind_masks() -> Prior:
+    """A model of 8×8 pixels, as --pixels trains it, after masks of 4×4 codes."""
+    prior = build("segmentation")
+    image = FirstStage(Palette(torch.rand(16, 3)), "image", data.Preparation(8), {})
+    layout = dataclasses.replace(prior.layout, height=8, width=8)
+    gpt = GPT(dataclasses.replace(prior.gpt.config, block_size=layout.block_size))
+    return Prior(gpt, layout, {"image": image, "segmentation": prior.stages["segmentation"]}, prior.trained_on)
 
 
 def shown(prior: Prior, tokens: torch.Tensor) -> torch.Tensor:
@@ -84,7 +94,7 @@ def test_temperature_top_k_and_top_p_reach_the_draws(draw):
     assert not torch.equal(draw(prior, "--count 4"), greedy)
 
 
-def test_numbered_samples_follow_the_validation_conditions_with_the_condition_beside_each(draw):
+def test_numbered_samples_follow_the_validation_conditions_with_the_condition_beside_each(draw, capsys):
     for kind in ("segmentation", "depth", "pose", "class"):
         prior = build(kind)
         tokens = draw(prior, f"--count 3 --batch-size 2 --out {kind}")
@@ -107,6 +117,11 @@ def test_numbered_samples_follow_the_validation_conditions_with_the_condition_be
     lines = [f"{i:06d} {scenes.CLASSES[scenes.draw_scene('val', i, 8).label]}\n" for i in range(3)]
     assert Path("class/classes.txt").read_text() == "".join(lines)
     assert draw(build("class"), "--count 9 --out more").shape == (5, 16)  # there are no more conditions
+    assert capsys.readouterr().out.endswith("5 samples in more, one for each validation condition\n")
+    foreign = build("class")
+    foreign.classes[0] = "\N{CJK UNIFIED IDEOGRAPH-732B}\udcff"  # a folder's name may hold any bytes
+    draw(foreign, "--class 0 --count 1 --out names")
+    assert Path("names/classes.txt").read_bytes() == b"000000 \xe7\x8c\xab\xff\n"
 
 
 def test_classes_by_name_and_number_are_rows_and_guidance_is_heard(draw):
@@ -250,7 +265,8 @@ def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, caps
     monkeypatch.setattr(data, "SCENES", {"train": 12, "val": 5})
     monkeypatch.chdir(tmp_path)
     for name, prior in [("none", build()), ("class", build("class", null_token=False)),
-                        ("mask", build("segmentation")), ("spiral", build(order="spiral"))]:
+                        ("mask", build("segmentation")), ("spiral", build(order="spiral")),
+                        ("scales", build(scales=(1, 2))), ("pixels", pixels_behind_masks())]:
         save(prior).rename(f"{name}.pt")
     photo("photo.png")
     Image.fromarray(np.full((8, 8), 8, np.uint8)).save("label8.png")
@@ -265,6 +281,9 @@ def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, caps
             ("none.pt", "--complete model.py", 1, "model.py"),
             ("none.pt", "--size 16", 2, "size is '16'; it must be like 64x128"),
             ("spiral.pt", "--size 16x16", 1, "needs a model of one scale in the order row"),
+            ("scales.pt", "--complete photo.png --hide", 2, "--hide needs a model of one scale"),
+            ("pixels.pt", "--condition mask.png --size 8x16", 2,
+             "this model's have 4×4, its pictures 8×8"),
             ("none.pt", "--scales-from photo.png", 2, "needs a model of several scales, unlike none.pt"),
             ("none.pt", "--class ball", 2, "--class does not fit none.pt, which was trained with"),
             ("class.pt", "--condition photo.png", 2, "--condition does not fit class.pt, which was"),

@@ -22,6 +22,7 @@ from PIL import Image
 
 import cache
 import data
+import run
 import train_gpt
 import train_vq
 from benchmark import CountOperations
@@ -143,6 +144,18 @@ def test_training_is_the_plain_loop_with_warm_up_decay_and_clipping(pictures, fi
         if name.endswith("qkv.bias"):  # that of the keys has no gradient but rounding, which Adam enlarges
             weight, found = weight.view(3, -1)[::2], found.view(3, -1)[::2]
         assert torch.allclose(weight, found, atol=2e-5), name
+
+
+def test_a_missing_first_stage_that_the_processes_cannot_share_evenly_is_to_be_trained_first(
+        tmp_path, monkeypatch):
+    class Three(run.Process):
+        def wait_for_all(self):
+            pass
+
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(train_gpt.PRESETS["demo"], batch_size=18)
+    with pytest.raises(run.UsageError, match="batch_size, 8, cannot be shared evenly by 3 processes: train"):
+        train_gpt.default_stage(config, "image", Three(torch.device("cpu"), 0, 3))
 
 
 def test_a_diverged_run_ends_before_it_is_sampled_from_or_saved_and_names_its_pictures(
