@@ -12,5 +12,5 @@ done
 python train_gpt.py --condition class --condition-dropout 0.1 --steps 2400
 python results/conditions/measure.py runs/gpt-demo-scenes-row-class/checkpoint.pt 1 1.5 2 3
 cp runs/gpt-demo-scenes-row-class/log.jsonl results/conditions/class.jsonl
-python sample.py --checkpoint runs/gpt-demo-scenes-row-class/checkpoint.pt --class ball,house,tree,tent --guidance 3 --count 6 \
+python sample.py --checkpoint runs/gpt-demo-scenes-row-class/checkpoint.pt --class ball,house,tree,tent --guidance 2 --count 6 \
     --out results/conditions/class.png
