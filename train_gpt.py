@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     if checkpoint:
         first_step, best = checkpoint["step"], checkpoint["best"]
         gpt.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        run.load_optimizer(optimizer, checkpoint["optimizer"])
         set_random_state(checkpoint["random"])
 
     def train_step(index: list[int]) -> Tensor:

@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     if checkpoint:
         first_step = checkpoint["step"]
         vq.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        run.load_optimizer(optimizer, checkpoint["optimizer"])
         uses.copy_(checkpoint["uses"])
         if adversary:
             adversary.load_state_dict(checkpoint["adversary"], first_step)

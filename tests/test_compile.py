@@ -1,5 +1,6 @@
 """What the compiler makes of each kernel for GPUs that are not here. Oracle: the assembler's own report."""
 import json
+from importlib.metadata import version
 
 import pytest
 
@@ -17,11 +18,18 @@ def reports(compilers):
     return lines
 
 
-def test_every_kernel_compiles_for_every_target_without_spilling_registers(reports):
+this_compiler = pytest.mark.skipif(version("triton") != "3.7.1", reason="another compiler makes other code")
+
+
+def test_every_kernel_compiles_for_every_target(reports):
     for target in ("80", "90"):
         assert {report["kernel"] for report in reports if report["target"] == target} == {
             "common_offset_kernel", "prepare_codebook_kernel", "nearest_code_kernel", "forward_kernel",
             "query_gradient_kernel", "key_value_gradient_kernel"}
+
+
+@this_compiler
+def test_no_kernel_spills_registers(reports):
     assert [report for report in reports if report["spills"]] == []
 
 
@@ -37,6 +45,7 @@ def test_tensor_cores_multiply_and_in_tf32_only_what_was_split_for_it(reports):
         assert report["tf32"] == lookup, report
 
 
+@this_compiler
 @pytest.mark.parametrize("kernel, variant, most", [
     ("nearest_code_kernel", "65536 vectors, torch.float32", 160),
     ("query_gradient_kernel", "T=341, d=64, torch.bfloat16", 190),

@@ -2,8 +2,10 @@
 import ast
 import dataclasses
 import inspect
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,11 +87,16 @@ def test_the_paper_preset_is_the_paper():
 
 
 def documented_commands() -> list[str]:
-    """Every `python script.py …` in README, results and docstrings; `train …` in losses.sh."""
+    """Every `python script.py …` in README, results and docstrings; `train …` in losses.sh; the GPU plan's."""
     places = ("README.md", "results/*/README.md", "results/*/*.sh", "*.py")
     texts = [re.sub(r" *\\\n *", " ", path.read_text()) for place in places for path in ROOT.glob(place)]
     command = r"\1python train_vq.py --perceptual vgg16"
     texts = [re.sub(r"(?m)^( *)train(?= --)", command, text) for text in texts]
+    for part in "123456":  # where commands are echoed, not run
+        plan = subprocess.run(["bash", ROOT / "results/gpu/plan.sh", part], capture_output=True, text=True,
+                              env=os.environ | {"PYTHON": "echo python", "OUT": os.devnull + "/none"})
+        assert plan.stdout.count("status 0") >= 1, plan
+        texts.append(plan.stdout)
     pattern = r"(?:python|torchrun \S+ \d+) ((?:train_vq|train_gpt|sample)\.py(?: [^\s`|;&#>\"]+)*)"
     return [command for text in texts for command in re.findall(pattern, text)]
 

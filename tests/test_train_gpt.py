@@ -47,12 +47,10 @@ def test_a_killed_or_stopped_run_ends_bit_for_bit_as_if_it_had_not_been(pictures
                 *"--steps 90 --decay --warmup-steps 3 --checkpoint-every 4".split()]
 
     whole = train_gpt.main(flags("whole"))
-    numbers = (signal.SIGKILL, signal.SIGTERM)
-    processes = [subprocess.Popen([sys.executable, ROOT / "train_gpt.py", *flags(number.name)], text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                                  pipesize=4096)  # of 90 lines it holds 40: a run waits until it is read
-                 for number in numbers]
-    for number, process in zip(numbers, processes):
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = subprocess.Popen([sys.executable, ROOT / "train_gpt.py", *flags(number.name)], text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                                   pipesize=4096)  # of 90 lines it holds 40: a run waits until it is read
         for line in process.stdout:
             if line.startswith("step 10/"):
                 os.killpg(process.pid, number)  # the whole group, as schedulers do
@@ -376,7 +374,7 @@ def test_a_benchmark_tells_what_a_run_costs_and_leaves_nothing(few_scenes, tmp_p
     for script, units, flags in (
             (train_gpt, 256, [*TINY, "--data", "folder", "--data-dir", "none", "--pixels"]),
             (train_gpt, 85, [*TINY, "--condition", "depth", "--multiscale", *taken]),
-            (train_vq, 1, ["--target", "segmentation"])):
+            (train_vq, 1, ["--target", "segmentation", "--device", "cpu"])):
         assert script.main(["--benchmark", "--steps", "500", *flags]) is None
         *_, speed, cost = capsys.readouterr().out.splitlines()
         ms, rate, thousand, share = re.fullmatch(line, speed).groups()
@@ -391,8 +389,9 @@ def test_operations_are_counted_forwards_and_backwards():
     with CountOperations() as counted:
         (x @ weight).sum().backward()  # one product forwards, one for the weight's gradient
     assert counted.flops == 2 * (2 * 7 * 5 * 3)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for attention in (causal_attention, causal_attention_triton):
-        query, key, value = torch.rand(3, 1, 2, 8, 4, requires_grad=True).unbind(0)
+        query, key, value = torch.rand(3, 1, 2, 8, 4, device=device, requires_grad=True).unbind(0)
         with CountOperations() as counted:
             attention(query, key, value).sum().backward()  # two products of 8×8×4 a head, then five
         assert counted.flops == 7 * (2 * 2 * 8 * 8 * 4)
@@ -445,7 +444,7 @@ def test_a_first_stage_that_was_cut_off_goes_on_and_leaves_no_trace_in_the_secon
     first_stage = Path("runs/vq-demo-scenes/checkpoint.pt")
     assert load_checkpoint(first_stage, "vq")["step"] == 2
     out = train_gpt.main(flags)
-    assert_bit_equal(first_stage, train_vq.main(["--out", "whole"]))
+    assert_bit_equal(first_stage, train_vq.main(["--out", "whole", "--device", "cpu"]))
     again = train_gpt.main([*flags, "--out", "again"])
     assert_bit_equal(again, out)  # whether the first stage was trained just before makes no difference
 
