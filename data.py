@@ -185,7 +185,11 @@ def files_digest(directory: Path, records: list[Record], times: bool) -> str:
     digest = hashlib.sha256()
     for value in (value for record in records for value in record.values()):
         if isinstance(value, Path):
-            status = value.stat()
+            try:
+                status = value.stat()
+            except OSError as error:  # a link to nothing, or a name in a list only
+                raise FileNotFoundError(f"{show(value)} cannot be read ({error.strerror}): remove or replace "
+                                        "it") from None
             name = os.fsencode(value).removeprefix(os.fsencode(directory)).lstrip(b"/")
             value = (name, status.st_size, status.st_mtime_ns if times else 0)
         digest.update(repr(value.tolist() if isinstance(value, ndarray) else value).encode())

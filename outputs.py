@@ -126,6 +126,8 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
         if damaged:
             raise ValueError(damaged)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
     except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path} is damaged, or holds more than numbers, strings and tensors "
                          f"({type(error).__name__}); {advice}") from None
@@ -149,7 +151,7 @@ def describe_data(config: Any, dataset, checkpoint: dict | None) -> dict:
         raise ValueError(f"{config.data_dir} has other classes than this run was trained with; start another "
                          "with --out")
     if known["digest"] != before["digest"]:
-        if known["data_dir"] != before["data_dir"]:
+        if Path(known["data_dir"]).resolve() != Path(before["data_dir"]).resolve():
             raise ValueError(f"{config.data_dir} holds other pictures than {before['data_dir']}, on which "
                              "this run was trained; name the folder to which those were moved")
         announce(f"pictures were added to {config.data_dir} or removed: training goes on with those that are "
@@ -197,7 +199,7 @@ def picture_grid(images: Tensor, columns: int, side: int = 96) -> Image.Image:
 
 def save_picture(picture: Image.Image, path: Path, **options):
     """Write a picture, whole or not at all. Raises OSError."""
-    with replacing(path, "make room") as part:
+    with replacing(path, "make room, or name another file") as part:
         kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
         picture.save(part, format=kind, **options)
 

@@ -32,7 +32,7 @@ from torch import Tensor
 import data
 import run
 from benchmark import benchmark_sampling, untrained_prior
-from files import list_files
+from files import FIELDS, MASK_FOLDERS, list_files
 from outputs import duration, picture_grid, save_picture, to_pixels, writing
 from stages import Prior, Sampling
 
@@ -72,7 +72,7 @@ class SampleConfig:
         for name, end in (("keep", 1), ("seed", 2**63 - 1)):
             if not 0 <= getattr(self, name) <= end:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, {end}]")
-        if self.animate and not self.animate.endswith(".gif"):
+        if self.animate and not self.animate.lower().endswith(".gif"):
             raise ValueError(f"animate is {self.animate!r}; it must name a .gif file")
         if self.size and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size):
             raise ValueError(f"size is {self.size!r}; it must be like 64x128, height and width in pixels")
@@ -83,6 +83,7 @@ class SampleConfig:
     def without_effect(self) -> list[tuple[bool, str, str]]:
         """Flags that do nothing if the first value is true, and why."""
         return [(not self.complete, "keep hide", "it belongs to --complete"),
+                (bool(self.class_ or self.condition), "data_dir", "the conditions are named"),
                 (self.benchmark, "out animate class_ condition complete scales_from count size",
                  "a benchmark draws no pictures")]
 
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None):
             print(f"{done} of {total} samples · eta {duration(left)}", flush=True)
     if config.one_file:
         save_picture(arrange(shown, torch.cat(pictures), columns), out)
-    print(f"{done} samples in {out}" + (", one for each validation condition" if done < total else ""))
+    print(f"{done} samples in {out}" + (f", {columns} for each validation condition" if done < total else ""))
     if config.animate:
         frames = fill_animation(prior, first[:16])
         times = [3000 // len(frames)] * (len(frames) - 1) + [1500]  # ms: three seconds, then a pause
@@ -211,6 +212,9 @@ def list_conditions(prior: Prior, config: SampleConfig) -> Iterator[Row]:
         preparation = replace((stage or prior.image).preparation, fields=(prior.condition,))
         directory = config.data_dir or prior.trained_on["data_dir"]
         dataset = data.open_dataset(prior.trained_on["data"], directory, "val", preparation)
+        if list(dataset.classes) != prior.classes:
+            raise ValueError(f"{directory} has other classes than this model was trained with; name some of "
+                             "the model's with --class, or the folder of the training with --data-dir")
         values = (torch.as_tensor(dataset[i, None][prior.condition])[None] for i in range(len(dataset)))
     for value in values:
         if stage:
@@ -221,8 +225,12 @@ def list_conditions(prior: Prior, config: SampleConfig) -> Iterator[Row]:
 
 
 def list_inputs(name: str, field: str) -> list[Path]:
-    """The file, or all files of a field in the folder, of that name."""
-    paths = list_files(Path(name), field) if Path(name).is_dir() else [Path(name)]
+    """The file of that name, or all files of a field in that folder, which may be a data set's."""
+    folder, others = Path(name), MASK_FOLDERS if field == "image" else {"images", *FIELDS} - {field}
+    if not folder.is_dir():
+        return [folder]
+    paths = [path for path in list_files(folder, field)
+             if others.isdisjoint(part.lower() for part in path.relative_to(folder).parts[:-1])]
     if not paths:
         raise run.UsageError(f"{name} holds no files of {field}; name a file, or a folder that has some")
     return paths
@@ -290,7 +298,7 @@ def save_condition(prior: Prior, row: Row, folder: Path, number: int):
     if prior.condition == "class":
         names = folder / "classes.txt"
         text = f"{number:06d} {prior.classes[value]}\n".encode(errors="surrogateescape")  # as folders' names
-        with writing(names, "make room"), names.open("ab") as file:
+        with writing(names, "make room, or name another --out"), names.open("ab") as file:
             file.write(text)
         return
     if prior.condition == "depth":

@@ -22,7 +22,7 @@ import taming
 from codebook import as_vectors
 from gpt import GPT, GPTConfig, check_sampling
 from orderings import ORDERINGS, TokenLayout
-from outputs import load_checkpoint
+from outputs import announce, load_checkpoint
 from vq import VQ, Palette, VQConfig
 
 
@@ -87,10 +87,13 @@ class FirstStage:
         return self
 
     def was_trained_on(self, name: str, directory: str) -> bool:
-        """Whether a data set is the one of the training, in the same folder or moved elsewhere."""
-        known, folder = self.trained_on, Path(directory).resolve()
-        return (known["data"], Path(known["data_dir"]).resolve()) == (name, folder) or (
-            data.open_dataset(name, directory, "train", self.preparation).digest() == known["digest"])
+        """Whether a data set is the one of the training: moved elsewhere, or in its place and changed."""
+        known, dataset = self.trained_on, data.open_dataset(name, directory, "train", self.preparation)
+        same = dataset.digest() == known["digest"]
+        in_place = (known["data"], Path(known["data_dir"]).resolve()) == (name, Path(directory).resolve())
+        if in_place and not same:
+            announce(f"pictures were added to {directory} or removed since its first stage was trained")
+        return in_place or same
 
     def state(self) -> dict:
         """Plain values and tensors, for a checkpoint."""

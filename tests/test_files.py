@@ -108,6 +108,9 @@ def test_hidden_files_hold_no_pictures_and_links_are_followed_once(tmp_path):
                          ("elsewhere/sub/circle", "elsewhere")):
         (tmp_path / link).symlink_to(tmp_path / target, target_is_directory=True)
     assert names(opened(tmp_path)) == ["val/b.png", "val/here/sub/a.png"]
+    (tmp_path / "val" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(FileNotFoundError, match="gone.png cannot be read .*: remove or replace it"):
+        opened(tmp_path).digest()
 
 
 def test_any_file_name_can_be_listed_hashed_and_named_in_one_line(tmp_path):

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import resource
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_files_that_are_no_checkpoint_of_this_kind_end_in_a_sentence_and_run_nothing(tmp_path):
+def test_files_that_are_no_checkpoint_of_this_kind_end_in_a_sentence_and_run_nothing(tmp_path, monkeypatch):
     class Malicious:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "it ran",))
@@ -72,6 +73,12 @@ def test_files_that_are_no_checkpoint_of_this_kind_end_in_a_sentence_and_run_not
     with pytest.raises(FileNotFoundError, match=f"none.pt does not exist; {advice}"):
         load_checkpoint(tmp_path / "none.pt", "gpt")
     assert not (tmp_path / "it ran").exists()
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    with pytest.raises(ValueError, match=r"bad.pt cannot be read \(Permission denied\)"):
+        load_checkpoint(bad, "gpt")
 
 
 def try_to_claim(folder: Path) -> str:
@@ -128,6 +135,9 @@ def test_a_data_set_is_known_again_by_its_pictures_not_by_its_place(capsys, monk
     checkpoint = {"trained_on": known}
     assert describe("here", "same", checkpoint) == known
     assert describe("moved", "same", checkpoint) == known | {"data_dir": "moved"}
+    assert describe("./there/../here", "more", checkpoint)["digest"] == "more"
+    capsys.readouterr()
+    assert describe("here", "same", checkpoint) == known
     assert capsys.readouterr().out == ""
     assert describe("here", "more", checkpoint) == known | {"digest": "more"}
     assert "pictures were added to here or removed: training goes on with" in capsys.readouterr().out

@@ -116,8 +116,14 @@ def test_numbered_samples_follow_the_validation_conditions_with_the_condition_be
                 assert np.array_equal(beside, value if kind == "segmentation" else value.transpose(1, 2, 0))
     lines = [f"{i:06d} {scenes.CLASSES[scenes.draw_scene('val', i, 8).label]}\n" for i in range(3)]
     assert Path("class/classes.txt").read_text() == "".join(lines)
+    many = build("class")
+    many.trained_on["classes"][2:2] = ["bush"]  # since the training the data set has lost it
+    with pytest.raises(ValueError, match="has other classes than this model was trained with; name some"):
+        draw(many, "--count 3 --out many")
+    assert draw(build("class"), "--count 36 --out rows.png").shape == (5 * 4, 16)
+    assert capsys.readouterr().out.endswith("20 samples in rows.png, 4 for each validation condition\n")
     assert draw(build("class"), "--count 9 --out more").shape == (5, 16)  # there are no more conditions
-    assert capsys.readouterr().out.endswith("5 samples in more, one for each validation condition\n")
+    assert capsys.readouterr().out.endswith("5 samples in more, 1 for each validation condition\n")
     foreign = build("class")
     foreign.classes[0] = "\N{CJK UNIFIED IDEOGRAPH-732B}\udcff"  # a folder's name may hold any bytes
     draw(foreign, "--class 0 --count 1 --out names")
@@ -170,6 +176,10 @@ def test_completion_keeps_the_first_codes_in_the_models_order_and_hides_the_rest
     assert draw(prior, "--complete a.png").shape == (4, 16)  # without a class, after the null token
 
     prior = build(order="row")
+    for folder, seed in (("images", 1), ("images/more", 2), ("segmentation", 3)):  # a data set's folder
+        Path("data", folder).mkdir(parents=True)
+        photo(f"data/{folder}/a.png", seed)
+    assert draw(prior, "--complete data --count 3").shape == (2 * 3, 16)
     values = photo("a.png")
     for seed, hide in ((1, ""), (1, "--hide")):
         values[:, :, 4:] = photo("b.png", seed)[:, :, 4:]  # another lower half
@@ -274,6 +284,7 @@ def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, caps
             (first_stage, "", 1, "is a checkpoint of train_vq.py; name a checkpoint.pt that train_gpt.py"),
             ("none.pt", "--animate a.mp4", 2, "animate is 'a.mp4'; it must name a .gif file"),
             ("none.pt", "--keep 0.3", 2, "--keep has no effect here: it belongs to --complete"),
+            ("class.pt", "--class ball --data-dir x", 2, "--data-dir has no effect here: the conditions are"),
             ("none.pt", "--benchmark --count 3", 2, "--count has no effect here: a benchmark"),
             ("none.pt", "--complete photo.png --keep 2", 2, "keep is 2.0; it must lie in [0, 1]"),
             ("none.pt", "--complete photo.png --size 16x16", 2,

@@ -61,7 +61,7 @@ def test_each_field_is_encoded_as_the_network_sees_it():
 
 
 def test_a_first_stage_of_another_field_is_refused_and_a_moved_data_set_known_again(
-        first_stage, pictures, tmp_path):
+        first_stage, pictures, tmp_path, capsys):
     with pytest.raises(ValueError, match="is a first stage of image in 3 channels, not of depth; train one"):
         FirstStage.load(first_stage, "depth")
     masks = torch.load(first_stage, weights_only=True)
@@ -79,6 +79,10 @@ def test_a_first_stage_of_another_field_is_refused_and_a_moved_data_set_known_ag
     (other / "train" / "3.png").unlink()
     assert stage.was_trained_on("folder", f"{pictures}/../{pictures.name}")
     assert stage.was_trained_on("folder", str(moved)) and not stage.was_trained_on("folder", str(other))
+    assert capsys.readouterr().out == ""
+    stage.trained_on = stage.trained_on | {"data_dir": str(other)}
+    assert stage.was_trained_on("folder", str(other))
+    assert f"pictures were added to {other} or removed since its first stage" in capsys.readouterr().out
     stage.trained_on = stage.trained_on | {"data_dir": str(tmp_path / "gone")}
     assert stage.was_trained_on("folder", str(moved)) and not stage.was_trained_on("folder", str(other))
 
