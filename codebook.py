@@ -1,4 +1,4 @@
-"""The codebook apart from its gradients: k-means initialization, dead codes, and the use of codes (§2).
+"""The codebook apart from its gradients: k-means initialization, dead codes, and the use of codes.
 
 Symbols: B batch, h×w code grid, K codes, D code width, N = B·h·w vectors.
 """

@@ -325,7 +325,7 @@ def check_files(dataset, rank: int, world: int, workers: int):
 
 
 def as_input(values: Tensor, field: str, channels: int) -> Tensor:
-    """A field of a batch for a first stage, (B, C, H, W) float32: in [−1, 1], but masks as one-hot (§A.1).
+    """A field of a batch for a first stage, (B, C, H, W) float32: in [−1, 1], but masks as one-hot.
 
     Pixels without a label are 0 in all channels.
     """

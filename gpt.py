@@ -170,7 +170,7 @@ class GPT(nn.Module):
         Only tokens below `sampled_tokens` are drawn (None: the whole vocabulary), so that a null token or a
         condition is never written into an image; of those the `top_k` likeliest (0: all), and of those the
         fewest that together hold `top_p` of the probability. `cached=False` runs the whole sequence anew for
-        each token: the same tokens, slower (§2's 14.08×). Classifier-free guidance samples from the logits
+        each token: the same tokens, slower (results/efficiency). Classifier-free guidance takes the logits
         null + guidance·(conditional − null), where `null_prefix` (B, P) has no condition: one batch of both.
         Raises ValueError for an empty prefix, or if P + steps − 1 positions do not fit `block_size`.
         """

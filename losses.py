@@ -1,9 +1,9 @@
-"""The losses of the first stage (§A.1): L1 + LPIPS and an adversarial one, or the cross-entropy of masks.
+"""The losses of the first stage: L1 + LPIPS and an adversarial one (§A.1), or the cross-entropy of masks.
 
     nll = |x − x̂| + LPIPS(x, x̂)      g = −mean D(x̂)      λ = ‖∇nll‖ / (‖∇g‖ + 1e-4)
     the autoencoder minimizes nll + quantization loss + 0.8·λ·g, the discriminator D the hinge loss
 
-The paper refers to VQGAN's losses; the numbers here are those of the authors' released model. Unlike there,
+§A.1 names LPIPS and a patch discriminator; all else is as in the authors' release (VQGAN). Unlike there,
 the weight 0.8 is reached by a linear ramp from the step in which D starts to train.
 
 Symbols: B batch, C channels, H×W pixels, h'×w' patches, x images, x̂ reconstructions.
@@ -169,7 +169,7 @@ class PatchDiscriminator(nn.Module):
             main += [nn.Conv2d(channels, width, 4, stride, padding=1, bias=False),  # the norm has a bias
                      nn.BatchNorm2d(width), nn.LeakyReLU(0.2, inplace=True)]
         self.main = nn.Sequential(*main, nn.Conv2d(width, 1, 4, padding=1))
-        for module in self.main:  # as in pix2pix
+        for module in self.main:  # as in the authors' release
             if not isinstance(module, nn.LeakyReLU):
                 nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
 

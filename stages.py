@@ -260,7 +260,7 @@ class Prior:
         grid = torch.zeros(count, height, width, dtype=torch.int64, device=self.device)
         for y in range(height):
             for x in range(width):
-                # Of the two middle columns the left one, which sees more of the row above.
+                # Of the two middle columns the left one, which sees farther to the right in the row above.
                 top, left = min(max(y - h // 2, 0), height - h), min(max(x - (w - 1) // 2, 0), width - w)
                 window = (slice(None), slice(top, top + h), slice(left, left + w))
                 known = grid[window].flatten(1)[:, :(y - top) * w + x - left]  # (B, G)

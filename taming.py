@@ -24,8 +24,8 @@ IGNORED = {  # in each group beside the network: the losses, colors of segmentat
     "transformer.": r"blocks\.\d+\.attn\.mask",
 }
 # The shapes do not tell the number of heads. Heads are 64 wide in most released files, but not in FFHQ's,
-# CelebA-HQ's and those of the two scene models: (n_layer, n_embd) → n_head.
-RELEASED_HEADS = {(24, 1664): 16, (36, 1536): 16, (40, 1408): 16}
+# CelebA-HQ's, COCO-Stuff's and those of the two scene models: (n_layer, n_embd) → n_head.
+RELEASED_HEADS = {(24, 1664): 16, (32, 1280): 16, (36, 1536): 16, (40, 1408): 16}
 LEVELS, BLOCKS, LAYERS = r"encoder\.down\.(\d+)\.", r"encoder\.down\.0\.block\.(\d+)\.", r"blocks\.(\d+)\."
 VQ_PARTS = {"layers.0": "norm1", "layers.2": "conv1", "layers.3": "norm2", "layers.5": "conv2",
             "shortcut": "nin_shortcut", "out": "proj_out"}  # inside a block: ours → theirs

@@ -1,7 +1,7 @@
 """Train the first stage: pictures → a grid of codes → pictures (§2, §A.1).
 
     python train_vq.py                                        the drawn scenes, about a minute on 2 CPU cores
-    python train_vq.py --preset cifar10 --data-dir data       CIFAR-10 as in §2
+    python train_vq.py --preset cifar10 --data-dir data       CIFAR-10, once downsampled
     python train_vq.py --data folder --data-dir my_pictures   your own pictures
     python train_vq.py --target depth                         the first stage of a condition, §4
     python train_vq.py --preset paper --benchmark             what the run would cost on this machine
@@ -62,7 +62,7 @@ class TrainConfig:
     commitment_weight: float = VQConfig.commitment_weight  # β, weight of the commitment loss, §A.1
     restart_every: int = 100  # steps after which dead codes, unused since, are reinitialized; 0: never
 
-    perceptual: str = "vgg16"  # network of LPIPS: vgg16 (§A.1) or alexnet; or none, as always for masks
+    perceptual: str = "vgg16"  # network of LPIPS, §A.1: vgg16 or alexnet; or none, as always for masks
     perceptual_weights: str = ""  # file of LPIPS weights; empty: fetched once, 553 MB (alexnet: 244 MB)
     perceptual_weight: float = 1.0  # of LPIPS; 0: only measured. This and the next: authors' release
     discriminator_weight: float = 0.8  # of the adversarial loss, times λ; 0: none, as for masks
@@ -71,9 +71,9 @@ class TrainConfig:
     discriminator_layers: int = 3  # strided layers; receptive field 70×70 with 3, 34×34 with 2, 16×16 with 1
 
     steps: int = 500_000  # training steps; the paper gives none
-    batch_size: int = 12  # pictures per step, over all processes, §A.1
+    batch_size: int = 12  # pictures per step, over all processes; §A.1 has it for the GPT
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass, to save memory
-    lr: float = 12 * 4.5e-6  # learning rate, §A.1
+    lr: float = 12 * 4.5e-6  # learning rate; §A.1 has it for the GPT, the authors' release for both
     beta1: float = 0.5  # of Adam; this and the next as in the authors' released model
     beta2: float = 0.9  # of Adam
     warmup_steps: int = 0  # steps of linear warm-up of lr
@@ -156,7 +156,7 @@ PRESETS = {
         channel_multipliers="1,2,4", residual_blocks=1, codebook_size=256, code_width=32, restart_every=25,
         perceptual="none", discriminator_weight=0.0, steps=1100, batch_size=8, lr=1e-3, beta1=0.9, beta2=0.99,
         warmup_steps=50, decay=True, eval_every=550, checkpoint_every=275),
-    "cifar10": TrainConfig(  # §2, "we only downsample once": 32×32 → 16×16 of 1,024 codes
+    "cifar10": TrainConfig(  # §A.1, "we only downsample once": 32×32 → 16×16 of 1,024 codes; L1 alone
         preset="cifar10", data="cifar10", data_dir="data", image_size=32, flip=True, upscale=False,
         base_channels=64, channel_multipliers="1,2", perceptual="none", discriminator_weight=0.0,
         steps=30_000, batch_size=128, lr=3e-4, beta1=0.9, beta2=0.99, warmup_steps=200, decay=True,

@@ -205,7 +205,7 @@ class VQ(nn.Module):
                 layer.num_groups = norm_groups(layer.num_channels, config.group_channels)
             if isinstance(layer, ResidualBlock):
                 layer.gradient_checkpointing = gradient_checkpointing
-        if compiled:  # all but the last layer: λ takes the gradient there (§A.1)
+        if compiled:  # all but the last layer: λ takes the gradient there (losses.py)
             encode, body, last = self.encoder[:], self.decoder[:-1], self.decoder[-1]  # the same layers
             self.encoder.forward = torch.compile(lambda images: encode(images), dynamic=False)
             decode = torch.compile(lambda quantized: body(quantized), dynamic=False)

@@ -301,7 +301,7 @@ def test_the_sizes_of_the_released_models_are_read_off_the_shapes(monkeypatch):
         replace_read(monkeypatch, {key: empty(*shape) for key, shape in shapes.items()})
         assert VQConfig(**taming.vq_sizes("")) == config
     for layers, width, heads in ((24, 1024, 16), (12, 768, 12), (48, 1536, 24),  # 64 wide
-                                 (24, 1664, 16), (36, 1536, 16), (40, 1408, 16)):  # FFHQ, scenes
+                                 (24, 1664, 16), (32, 1280, 16), (36, 1536, 16), (40, 1408, 16)):  # others
         weights = {"tok_emb.weight": empty(1024, width), "pos_emb": empty(1, 512, width)}
         replace_read(monkeypatch, weights | {f"blocks.{i}.ln1.bias": empty(width) for i in range(layers)})
         config = GPTConfig(**taming.gpt_sizes(""))
