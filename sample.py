@@ -2,7 +2,7 @@
 
     python sample.py --checkpoint runs/gpt-demo-scenes-spiral/checkpoint.pt   one picture, a grid of samples
     python sample.py --checkpoint … --class ball,tent --guidance 3            a row for each class
-    python sample.py --checkpoint … --condition masks/                        samples beside masks, Figs. 4, 8, 9
+    python sample.py --checkpoint … --condition masks/                        samples beside masks, Figs. 8–9
     python sample.py --checkpoint … --complete photo.jpg --keep 0.5           half of its codes kept
     python sample.py --checkpoint … --scales-from photo.jpg                   its coarser scales kept, Fig. 3
     python sample.py --checkpoint … --size 64x128                             larger than in training
