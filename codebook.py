@@ -55,9 +55,10 @@ def kmeans(vectors: Tensor, count: int, iterations: int = 10) -> Tensor:
 def initialize_codebook(vq: nn.Module, batches: Iterable[Tensor], process: Any):
     """K-means of encoder outputs for batches of images (B, C, H, W); most random codes would stay dead."""
     codebook = vq.quantizer.codebook  # (K, D)
-    vectors = torch.cat([as_vectors(vq.latents(images)) for images in batches])  # (N, D)
-    codebook.copy_(kmeans(vectors, len(codebook)))
-    if process.world > 1:  # sums on a GPU differ in the last bit from process to process
+    if process.rank == 0:
+        vectors = torch.cat([as_vectors(vq.latents(images)) for images in batches])  # (N, D)
+        codebook.copy_(kmeans(vectors, len(codebook)))
+    if process.world > 1:
         torch.distributed.broadcast(codebook.data, src=0)
 
 

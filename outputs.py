@@ -61,7 +61,8 @@ def claim(folder: Path, first_step: int) -> TextIO:
     """Lock a run's folder until the returned file is closed, and clean it up to go on after `first_step`.
 
     Temporary files of a killed run are removed, and lines of log.jsonl that are torn or of later steps.
-    Raises ValueError if another process holds the folder, OSError if it cannot be written.
+    Raises ValueError if another process holds the folder or has trained in it since this one read the
+    checkpoint, OSError if it cannot be written.
     """
     advice = "make room, or name another --out"
     with writing(folder, advice):
@@ -73,6 +74,10 @@ def claim(folder: Path, first_step: int) -> TextIO:
         except OSError:
             raise ValueError(f"another process is training in {folder}: wait for it, stop it, or name "
                              "another --out") from None
+    path = folder / "checkpoint.pt"
+    if path.exists() and torch.load(path, mmap=True, weights_only=True)["step"] != first_step:
+        raise ValueError(f"another process trained in {folder} while this one started: add --resume to go on "
+                         "with that run, or name another --out")
     for name in ("checkpoint.pt", "best.pt", "log.jsonl", "step-*.png", "loss-map.png"):
         for part in folder.glob(f"{name}.part"):
             part.unlink()
@@ -86,7 +91,7 @@ def claim(folder: Path, first_step: int) -> TextIO:
 def step_of(line: str) -> float:
     """The step of a line of log.jsonl; infinity for one that a crash cut short, even by its newline only."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError):
         return math.inf
 
@@ -108,7 +113,8 @@ def save_checkpoint(config: Any, process: Any, step: int, parts: dict, name: str
                   "python": platform.python_version(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
     shared = {"kind": config.KIND, "config": dataclasses.asdict(config), "step": step,
               "random": random_state(), "provenance": provenance}
-    advice = f"make room and go on with --resume; the checkpoint before step {step} is intact"
+    advice = "make room and " + (f"go on with --resume; the checkpoint before step {step} is intact"
+                                 if former.exists() else "start again")
     with replacing(path, advice) as part, part.open("wb") as file:
         torch.save(shared | parts, file)
         file.flush()

@@ -202,7 +202,7 @@ def start(config: Any) -> Process:
     device = config.device
     if config.batch_size % world:
         raise UsageError(f"batch_size is {config.batch_size}, which cannot be shared evenly by {world} "
-                         f"processes; choose a multiple of {world}")
+                         f"processes; choose a multiple of {world}, or another number of processes")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -238,8 +238,8 @@ def steps(config: Any, process: Process, first_step: int) -> Iterator[tuple[int,
     with deferred_signals() as received:
         for step in range(first_step + 1, config.steps + 1):
             last, stop = step == config.steps, bool(received)
-            if process.world > 1:  # all must agree; asking synchronizes with the GPU, so only now and then
-                stop = step % 10 == 0 and process.any(stop)
+            if process.world > 1:  # all must agree; asking waits for a GPU, so there only now and then
+                stop = (step % 10 == 0 or process.device.type == "cpu") and process.any(stop)
             evaluate = last or step % config.eval_every == 0
             save = last or stop or step % config.checkpoint_every == 0
             yield step, Due(evaluate, evaluate or save or step % config.log_every == 0, save)
@@ -287,7 +287,8 @@ def kill_workers():
 def command_line(main: Callable[[], None]):
     """Run a script; a user's mistake ends with one sentence, status 2 (flag) or 1 (file), no traceback."""
     status, message, first = 0, None, os.environ.get("RANK", "0") == "0"
-    sys.stdout.reconfigure(errors="replace")  # redirected on Windows, its encoding has no → or λ
+    if sys.stdout:  # else it is closed
+        sys.stdout.reconfigure(errors="replace")  # redirected on Windows, its encoding has no → or λ
     try:
         main()
     except KeyboardInterrupt as error:
@@ -298,7 +299,9 @@ def command_line(main: Callable[[], None]):
         # An error in a worker process arrives with that process's traceback in front of the sentence.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         status, message = 1, re.sub(r"^[\w.]+Error: ", "", lines[-1])
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of stdout's file, or a library's
+        if isinstance(error, BrokenPipeError):
+            message = "the program that reads the output has ended; checkpoints are intact"
+        elif isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of stdout's file, or a library's
             message = f"{error.filename or 'the output'} could not be written ({error.strerror}): make room"
     except (RuntimeError, MemoryError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -326,6 +329,6 @@ def end_at_once(status: int):
     if status == 0:
         torch.distributed.destroy_process_group()  # after an error it could wait for the others
     kill_workers()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     os._exit(status)

@@ -247,15 +247,14 @@ def default_stage(config: TrainConfig, field: str, process: run.Process) -> Firs
     finished = FirstStage.is_finished(path)
     process.wait_for_all()  # no process writes it before all have read it
     if not finished:
-        if own.batch_size % process.world and not path.exists():
-            raise run.UsageError(f"there is no first stage in {path.parent}, and its preset's batch_size, "
-                                 f"{own.batch_size}, cannot be shared evenly by {process.world} processes: "
-                                 "train it first, by train_vq.py with another --batch-size")
         announce(f"no finished first stage in {path.parent}: training it first")
         flags = ["--preset", config.preset, "--data", config.data, "--target", field,
                  "--device", config.device, "--workers", str(config.workers)]
         flags += ["--resume"] if path.exists() else []
-        train_vq.main(flags + ([] if config.data == "scenes" else ["--data-dir", config.data_dir]))
+        try:
+            train_vq.main(flags + ([] if config.data == "scenes" else ["--data-dir", config.data_dir]))
+        except run.UsageError as error:  # of flags that the user has not given
+            raise run.UsageError(f"{error}: train the first stage by train_vq.py, in {path.parent}") from None
         process.wait_for_all()
     stage = FirstStage.load(path, field)
     if not stage.was_trained_on(config.data, config.data_dir):

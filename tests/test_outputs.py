@@ -96,6 +96,8 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
         assert f"another process is training in {folder}: wait" in other.apply(try_to_claim, [folder])
         del log
         assert other.apply(try_to_claim, [folder]) == "claimed"
+    torch.save({"step": 5}, folder / "checkpoint.pt")  # since the other looked for one
+    assert f"another process trained in {folder} while this one started: add --resume" in try_to_claim(folder)
 
 
 def test_a_file_in_the_place_of_a_folder_ends_in_a_sentence(tmp_path):
@@ -108,14 +110,16 @@ def test_a_claimed_folder_keeps_the_log_up_to_its_checkpoint(tmp_path):
     lines = [json.dumps({"step": step, "train": 1.0}) + "\n" for step in (1, 2, 3)]
     torn = ('{"step": 2, "tra', '{"step": 2, "train": 1.0}')  # by a crash, the second only before its newline
     for (first_step, kept), end in itertools.product(((2, [1, 2]), (0, [])), torn):
-        (tmp_path / "log.jsonl").write_text(lines[0] + "{torn, too\n" + "".join(lines[1:]) + end)
+        (tmp_path / "log.jsonl").write_text(lines[0] + '{torn, too\n{"step": null}\n' + "".join(lines[1:]) + end)
         for name in ("checkpoint.pt", "best.pt", "step-000003-codes.png", "another_program's"):
             (tmp_path / f"{name}.part").write_bytes(b"half")
-        (tmp_path / "checkpoint.pt").write_bytes(b"whole")
+        (tmp_path / "checkpoint.pt").unlink(missing_ok=True)
+        if first_step:
+            torch.save({"step": first_step}, tmp_path / "checkpoint.pt")
         claim(tmp_path, first_step).close()
         lines_left = (tmp_path / "log.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines_left] == kept
-        names = ["another_program's.part", "checkpoint.pt", "lock", "log.jsonl"]
+        names = ["another_program's.part", *["checkpoint.pt"] * bool(first_step), "lock", "log.jsonl"]
         assert sorted(file.name for file in tmp_path.iterdir()) == names
 
 

@@ -107,16 +107,17 @@ def test_a_signal_is_noted_and_the_next_step_saves_and_ends_the_run(tmp_path, ha
             pytest.fail("the second signal was noted only")
 
 
-def test_processes_stop_at_the_same_step_and_ask_each_other_only_at_every_tenth():
+def test_processes_stop_at_the_same_step_and_on_gpus_ask_each_other_only_at_every_tenth():
     class One(run.Process):  # of two
-        def total(self, values):
-            return values + (step > 12)  # the other one got a signal in step 12
+        def any(self, flag):
+            return step > 12  # the other one got a signal in step 12
 
-    seen, step = [], 0
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 20 of 30"):
-        for step, due in run.steps(dataclasses.replace(DEMO, steps=30), One(torch.device("cpu"), 0, 2), 0):
-            seen += [step] if due.save else []
-    assert seen == [20]
+    for device, last in (("cpu", 14), ("cuda", 20)):
+        seen, step = [], 0
+        with pytest.raises(KeyboardInterrupt, match=f"stopped after step {last} of 30"):
+            for step, due in run.steps(dataclasses.replace(DEMO, steps=30), One(torch.device(device), 0, 2), 0):
+                seen += [step] if due.save else []
+        assert seen == [last]
 
 
 def test_a_signal_that_is_ignored_stays_ignored(handled):
@@ -132,6 +133,7 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
             (None, 0, ""), (run.UsageError("no such flag"), 2, "s.py: no such flag\n"),
             (ValueError("a bad file"), 1, "s.py: a bad file\n"), (OSError("no room"), 1, "s.py: no room\n"),
             (OSError(28, "No space", "a.gif"), 1, "s.py: a.gif could not be written (No space): make room\n"),
+            (BrokenPipeError(32, "Broken pipe"), 1, "s.py: the program that reads the output has ended; "),
             (OSError(28, "No space"), 1, "s.py: the output could not be written (No space): make room\n"),
             (from_worker, 1, "s.py: a.png ended\n"), (KeyboardInterrupt("stopped"), 130, "s.py: stopped\n"),
             (KeyboardInterrupt(), 130,
@@ -152,6 +154,9 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
             redirected.setattr(sys, "stdout", output)
             run.command_line(lambda: announce("λ → 1"))
         assert output.buffer.getvalue().decode(encoding) in ("λ → 1\n", "? ? 1\n")
+    with monkeypatch.context() as closed, pytest.raises(SystemExit, match="0"):
+        closed.setattr(sys, "stdout", None)
+        run.command_line(lambda: announce("to nobody"))
     # Of a mistake that all processes make the first one tells: until the others do, torchrun has ended them.
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(time, "sleep", lambda seconds: sys.stderr.write(f"{seconds >= 2}, then "))

@@ -144,15 +144,15 @@ def test_training_is_the_plain_loop_with_warm_up_decay_and_clipping(pictures, fi
         assert torch.allclose(weight, found, atol=2e-5), name
 
 
-def test_a_missing_first_stage_that_the_processes_cannot_share_evenly_is_to_be_trained_first(
-        tmp_path, monkeypatch):
+def test_a_first_stage_that_the_processes_cannot_share_evenly_is_to_be_trained_first(tmp_path, monkeypatch):
     class Three(run.Process):
         def wait_for_all(self):
             pass
 
+    monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(train_gpt.PRESETS["demo"], batch_size=18)
-    with pytest.raises(run.UsageError, match="batch_size, 8, cannot be shared evenly by 3 processes: train"):
+    with pytest.raises(run.UsageError, match="batch_size is 8, which .* by 3 .*: train the first stage by"):
         train_gpt.default_stage(config, "image", Three(torch.device("cpu"), 0, 3))
 
 
