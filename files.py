@@ -54,7 +54,7 @@ class Preparation:
     fields: tuple[str, ...] = ("image",)  # of "image", "segmentation", "depth", "pose", "class"
     flip: bool = False  # mirror half of the training pictures
     upscale: bool = False  # enlarge pictures smaller than S instead of refusing them
-    void_label: int = NO_LABEL  # in a mask: this pixel has no label; so does 255, always
+    void_label: int = NO_LABEL  # in a mask: the value of pixels without a label, besides 255
     segments: int = 0  # labels of the masks; ValueError for one that has more; 0: not checked
 
 

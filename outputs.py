@@ -76,8 +76,8 @@ def claim(folder: Path, first_step: int) -> TextIO:
                              "another --out") from None
     path = folder / "checkpoint.pt"
     if path.exists() and torch.load(path, mmap=True, weights_only=True)["step"] != first_step:
-        raise ValueError(f"another process trained in {folder} while this one started: add --resume to go on "
-                         "with that run, or name another --out")
+        raise ValueError(f"another process trained in {folder} while this one started: start again with "
+                         "--resume, or name another --out")
     for name in ("checkpoint.pt", "best.pt", "log.jsonl", "step-*.png", "loss-map.png"):
         for part in folder.glob(f"{name}.part"):
             part.unlink()
@@ -100,7 +100,7 @@ def save_checkpoint(config: Any, process: Any, step: int, parts: dict, name: str
     """Write a checkpoint from the first process: `parts` and what every run has, plain values and tensors.
 
     A crash or a full disk leaves the previous file intact. Raises OSError, or ValueError if the weights,
-    parts["model"], are not finite: a loss that was still finite, before this step, does not show that.
+    parts["model"], are not finite: the loss, computed before the step, may be finite still.
     """
     path, former = config.folder / name, config.folder / "checkpoint.pt"
     if not all(weight.isfinite().all() for weight in parts.get("model", {}).values()):

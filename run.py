@@ -208,7 +208,8 @@ def start(config: Any) -> Process:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.zeros(1, dtype=torch.float64, device=device).item()  # in which evaluations sum up
+        dtype = torch.float64 if hasattr(config, "resume") else torch.float32  # evaluations sum up in float64
+        torch.zeros(1, dtype=dtype, device=device).item()
     except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         raise UsageError(f"device is {device!r}, which torch cannot use here ({str(error).splitlines()[0]}); "
                          "try --device cpu") from None
@@ -287,7 +288,7 @@ def kill_workers():
 def command_line(main: Callable[[], None]):
     """Run a script; a user's mistake ends with one sentence, status 2 (flag) or 1 (file), no traceback."""
     status, message, first = 0, None, os.environ.get("RANK", "0") == "0"
-    if sys.stdout:  # else it is closed
+    if hasattr(sys.stdout, "reconfigure"):  # else it is closed, or a notebook's
         sys.stdout.reconfigure(errors="replace")  # redirected on Windows, its encoding has no → or λ
     try:
         main()
@@ -300,7 +301,7 @@ def command_line(main: Callable[[], None]):
         lines = str(error).strip().splitlines() or [type(error).__name__]
         status, message = 1, re.sub(r"^[\w.]+Error: ", "", lines[-1])
         if isinstance(error, BrokenPipeError):
-            message = "the program that reads the output has ended; checkpoints are intact"
+            message = "the program that reads the output has ended, and so has this one"
         elif isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of stdout's file, or a library's
             message = f"{error.filename or 'the output'} could not be written ({error.strerror}): make room"
     except (RuntimeError, MemoryError) as error:

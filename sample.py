@@ -214,7 +214,7 @@ def list_conditions(prior: Prior, config: SampleConfig) -> Iterator[Row]:
         dataset = data.open_dataset(prior.trained_on["data"], directory, "val", preparation)
         if list(dataset.classes) != prior.classes:
             raise ValueError(f"{directory} has other classes than this model was trained with; name some of "
-                             "the model's with --class, or the folder of the training with --data-dir")
+                             "the model's with --class, or a folder with the same classes with --data-dir")
         values = (torch.as_tensor(dataset[i, None][prior.condition])[None] for i in range(len(dataset)))
     for value in values:
         if stage:

@@ -254,7 +254,8 @@ def default_stage(config: TrainConfig, field: str, process: run.Process) -> Firs
         try:
             train_vq.main(flags + ([] if config.data == "scenes" else ["--data-dir", config.data_dir]))
         except run.UsageError as error:  # of flags that the user has not given
-            raise run.UsageError(f"{error}: train the first stage by train_vq.py, in {path.parent}") from None
+            raise run.UsageError(f"{error} (of the first stage in {path.parent}: train one with train_vq.py, "
+                                 "and name it with --vq or --condition-vq)") from None
         process.wait_for_all()
     stage = FirstStage.load(path, field)
     if not stage.was_trained_on(config.data, config.data_dir):

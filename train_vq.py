@@ -48,7 +48,7 @@ class TrainConfig:
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
     target: str = "image"  # what is coded: image, segmentation, depth or pose, §4
     segments: int = 0  # labels of the masks, for --target segmentation; 0: as many as are found in them
-    void_label: int = 255  # in a mask: this pixel has no label; so does 255, always
+    void_label: int = 255  # in a mask: the value of pixels without a label, besides 255
     image_size: int = 256  # pixels along each side, §2
     flip: bool = False  # mirror half of the training pictures
     upscale: bool = True  # enlarge pictures that are smaller than image_size instead of refusing them

@@ -108,6 +108,11 @@ def test_hidden_files_hold_no_pictures_and_links_are_followed_once(tmp_path):
                          ("elsewhere/sub/circle", "elsewhere")):
         (tmp_path / link).symlink_to(tmp_path / target, target_is_directory=True)
     assert names(opened(tmp_path)) == ["val/b.png", "val/here/sub/a.png"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    for split in ("train", "val"):
+        save(tmp_path / split / "a.png")
     (tmp_path / "val" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(FileNotFoundError, match="gone.png cannot be read .*: remove or replace it"):
         opened(tmp_path).digest()

@@ -97,7 +97,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
         del log
         assert other.apply(try_to_claim, [folder]) == "claimed"
     torch.save({"step": 5}, folder / "checkpoint.pt")  # since the other looked for one
-    assert f"another process trained in {folder} while this one started: add --resume" in try_to_claim(folder)
+    assert f"another process trained in {folder} while this one started: start again with" in try_to_claim(folder)
 
 
 def test_a_file_in_the_place_of_a_folder_ends_in_a_sentence(tmp_path):

@@ -133,7 +133,7 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
             (None, 0, ""), (run.UsageError("no such flag"), 2, "s.py: no such flag\n"),
             (ValueError("a bad file"), 1, "s.py: a bad file\n"), (OSError("no room"), 1, "s.py: no room\n"),
             (OSError(28, "No space", "a.gif"), 1, "s.py: a.gif could not be written (No space): make room\n"),
-            (BrokenPipeError(32, "Broken pipe"), 1, "s.py: the program that reads the output has ended; "),
+            (BrokenPipeError(32, "Broken pipe"), 1, "s.py: the program that reads the output has ended"),
             (OSError(28, "No space"), 1, "s.py: the output could not be written (No space): make room\n"),
             (from_worker, 1, "s.py: a.png ended\n"), (KeyboardInterrupt("stopped"), 130, "s.py: stopped\n"),
             (KeyboardInterrupt(), 130,
@@ -148,15 +148,17 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
             run.command_line(main)
         shown = capsys.readouterr().err
         assert ending.value.code == status and shown.startswith(sentence) and len(shown.splitlines()) <= 1
-    for encoding in ("utf-8", "cp1252"):  # the latter on Windows, if the output goes to a file
+    # The second is the encoding on Windows, if the output goes to a file.
+    for encoding, text in (("utf-8", "λ → 1\n"), ("cp1252", "? ? 1\n")):
         output = io.TextIOWrapper(io.BytesIO(), encoding, write_through=True)
         with monkeypatch.context() as redirected, pytest.raises(SystemExit):
             redirected.setattr(sys, "stdout", output)
             run.command_line(lambda: announce("λ → 1"))
-        assert output.buffer.getvalue().decode(encoding) in ("λ → 1\n", "? ? 1\n")
-    with monkeypatch.context() as closed, pytest.raises(SystemExit, match="0"):
-        closed.setattr(sys, "stdout", None)
-        run.command_line(lambda: announce("to nobody"))
+        assert output.buffer.getvalue().decode(encoding) == text
+    for other in (None, io.StringIO()):  # closed, or replaced as in a notebook
+        with monkeypatch.context() as replaced, pytest.raises(SystemExit, match="0"):
+            replaced.setattr(sys, "stdout", other)
+            run.command_line(lambda: announce("no matter"))
     # Of a mistake that all processes make the first one tells: until the others do, torchrun has ended them.
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(time, "sleep", lambda seconds: sys.stderr.write(f"{seconds >= 2}, then "))

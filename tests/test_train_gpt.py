@@ -152,7 +152,7 @@ def test_a_first_stage_that_the_processes_cannot_share_evenly_is_to_be_trained_f
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(train_gpt.PRESETS["demo"], batch_size=18)
-    with pytest.raises(run.UsageError, match="batch_size is 8, which .* by 3 .*: train the first stage by"):
+    with pytest.raises(run.UsageError, match="batch_size is 8, which .* by 3 .* .of the first stage in runs/vq-demo-scenes: train"):
         train_gpt.default_stage(config, "image", Three(torch.device("cpu"), 0, 3))
 
 
