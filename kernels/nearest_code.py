@@ -56,7 +56,7 @@ def nearest_code_reference(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 def common_offset(codebook: Tensor) -> Tensor:
     """The mean of a codebook (K, D), each component rounded to a multiple of the power of two above the
-    codes' largest deviation from it: (D,). Its subtraction is exact, so codes that were equally near stay so."""
+    largest deviation of a code: (D,). Subtracting it is exact: codes that were equally near stay so."""
     mean = codebook.mean(0)  # (D,)
     spread = torch.maximum(codebook.amax(0) - mean, mean - codebook.amin(0))  # (D,)
     spread = spread.maximum(mean.abs() * torch.finfo(codebook.dtype).eps)
