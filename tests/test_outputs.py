@@ -47,9 +47,12 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
     try:
         with pytest.raises(OSError, match="could not be written .*the checkpoint before step 2 is intact"):
             save(tmp_path, 2, weight=torch.zeros(1_000_000))
+        with pytest.raises(OSError, match="new/checkpoint.pt could not be written .*make room and start again"):
+            save(tmp_path / "new", 2, weight=torch.zeros(1_000_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert path.read_bytes() == before
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
 
 
 def test_files_that_are_no_checkpoint_of_this_kind_end_in_a_sentence_and_run_nothing(tmp_path, monkeypatch):

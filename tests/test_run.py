@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import run
+import sample
 import train_gpt
 import train_vq
 from helpers import ALONE, vq_flags
@@ -56,6 +57,15 @@ def test_values_and_devices_that_no_run_can_have_are_refused(monkeypatch):
     for device in ("tpu9", "meta", "hpu"):  # of the last torch does not know the module
         with pytest.raises(run.UsageError, match=f"device is '{device}'"):
             run.start(dataclasses.replace(DEMO, device=device))
+    def without_float64(count, dtype, device, zeros=torch.zeros):  # as on a Mac's GPU
+        if dtype == torch.float64:
+            raise TypeError("no float64")
+        return zeros(count, dtype=dtype, device=device)
+    with monkeypatch.context() as other:
+        other.setattr(torch, "zeros", without_float64)
+        with pytest.raises(run.UsageError, match=r"cannot use here \(no float64\)"):
+            run.start(DEMO)
+        run.start(sample.PRESETS["demo"])  # needs none
     config = dataclasses.replace(DEMO, device="cpu", seed=5)
     assert run.start(config) == ALONE
     drawn = torch.rand(3)
