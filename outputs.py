@@ -75,7 +75,8 @@ def claim(folder: Path, first_step: int) -> TextIO:
             raise ValueError(f"another process is training in {folder}: wait for it, stop it, or name "
                              "another --out") from None
     path = folder / "checkpoint.pt"
-    if path.exists() and torch.load(path, mmap=True, weights_only=True)["step"] != first_step:
+    saved = path.exists() and torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    if saved and saved["step"] != first_step:
         raise ValueError(f"another process trained in {folder} while this one started: start again with "
                          "--resume, or name another --out")
     for name in ("checkpoint.pt", "best.pt", "log.jsonl", "step-*.png", "loss-map.png"):
