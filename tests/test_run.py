@@ -119,13 +119,18 @@ def test_a_signal_is_noted_and_the_next_step_saves_and_ends_the_run(tmp_path, ha
 
 def test_processes_stop_at_the_same_step_and_on_gpus_ask_each_other_only_at_every_tenth():
     class One(run.Process):  # of two
-        def any(self, flag):
-            return step > 12  # the other one got a signal in step 12
+        def total(self, values):
+            return values + (step > 12)  # the other one got a signal in step 12
 
-    for device, last in (("cpu", 14), ("cuda", 20)):
+    class OnGPU(One):
+        def any(self, flag):  # without its tensor on a GPU
+            return bool(self.total(flag))
+
+    config = dataclasses.replace(DEMO, steps=30)
+    for process, last in ((One(torch.device("cpu"), 0, 2), 14), (OnGPU(torch.device("cuda"), 0, 2), 20)):
         seen, step = [], 0
         with pytest.raises(KeyboardInterrupt, match=f"stopped after step {last} of 30"):
-            for step, due in run.steps(dataclasses.replace(DEMO, steps=30), One(torch.device(device), 0, 2), 0):
+            for step, due in run.steps(config, process, 0):
                 seen += [step] if due.save else []
         assert seen == [last]
 

@@ -57,7 +57,7 @@ def pixels_behind_masks() -> Prior:
     image = FirstStage(Palette(torch.rand(16, 3)), "image", data.Preparation(8), {})
     layout = dataclasses.replace(prior.layout, height=8, width=8)
     gpt = GPT(dataclasses.replace(prior.gpt.config, block_size=layout.block_size))
-    return Prior(gpt, layout, {"image": image, "segmentation": prior.stages["segmentation"]}, prior.trained_on)
+    return Prior(gpt, layout, prior.stages | {"image": image}, prior.trained_on)
 
 
 def shown(prior: Prior, tokens: torch.Tensor) -> torch.Tensor:

@@ -152,7 +152,8 @@ def test_a_first_stage_that_the_processes_cannot_share_evenly_is_to_be_trained_f
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(train_gpt.PRESETS["demo"], batch_size=18)
-    with pytest.raises(run.UsageError, match="batch_size is 8, which .* by 3 .* .of the first stage in runs/vq-demo-scenes: train"):
+    sentence = "batch_size is 8, which .* by 3 .* .of the first stage in runs/vq-demo-scenes: train"
+    with pytest.raises(run.UsageError, match=sentence):
         train_gpt.default_stage(config, "image", Three(torch.device("cpu"), 0, 3))
 
 
@@ -326,7 +327,7 @@ def test_the_pixel_baseline_has_the_pixels_colours_for_codes(few_scenes, capsys)
 
 def test_the_weights_of_the_lowest_validation_loss_are_kept(few_scenes, capsys):
     flags = ["--eval-every", "1", "--checkpoint-every", "99", *TINY]
-    path = train_gpt.main(["--steps", "12", "--lr", "0.8", "--warmup-steps", "12", *flags])  # too high at last
+    path = train_gpt.main(["--steps", "12", "--lr", "0.8", "--warmup-steps", "12", *flags])  # too high
     values = [line["val"] for line in log_of(path)]
     step = 1 + min(range(12), key=values.__getitem__)
     assert 1 < step < 12 and f"after step {step}: " in capsys.readouterr().out

@@ -379,7 +379,7 @@ def test_pictures_stand_above_their_reconstructions_in_rows_of_eight(trained, tm
         images = data.as_input(values, "image", 3)
         expected = to_pixels(torch.stack([images, vq.decode(vq.encode(images))]))  # (2, N, 32, 32, 3)
         pixels = np.asarray(Image.open(tmp_path / "grid.png")).astype(int)
-        assert pixels.shape == (2 * count // columns * 98 - 2, columns * 98 - 2, 3)  # 32·3 pixels and a gap of 2
+        assert pixels.shape == (2 * count // columns * 98 - 2, columns * 98 - 2, 3)  # 32·3 pixels, a gap of 2
         for row, column in np.ndindex(2 * count // columns, columns):
             cell = pixels[98 * row:98 * row + 96:3, 98 * column:98 * column + 96:3]
             assert abs(cell - expected[row % 2, row // 2 * columns + column]).max() <= 1  # rounding
