@@ -57,34 +57,38 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor):
 
 
 @triton.jit
-def load_rows(x, head, heads, rows, length, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows (R,) of one head of x, (B, heads, length, WIDTH) → (R, BLOCK_D); beyond its ends zeros.
+def head_of(x):
+    """Where this program's head begins in x, a pointer and the strides of its axes (B, heads, …), in elements.
 
-    x is a pointer and the strides of the first three axes, in elements; `head` counts those of all sequences.
+    The grid is (blocks, heads, B).
     """
+    return x[0] + tl.program_id(2).to(tl.int64) * x[1][0] + tl.program_id(1).to(tl.int64) * x[1][1]
+
+
+@triton.jit
+def load_rows(x, rows, length, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows (R,) of this head of x, (B, heads, length, WIDTH) → (R, BLOCK_D); beyond its ends zeros."""
     columns = tl.arange(0, BLOCK_D)
-    ptr = x[0] + (head // heads).to(tl.int64) * x[1][0] + (head % heads).to(tl.int64) * x[1][1]
-    return tl.load(ptr + rows[:, None].to(tl.int64) * x[1][2] + columns[None, :],
+    return tl.load(head_of(x) + rows[:, None].to(tl.int64) * x[1][2] + columns[None, :],
                    mask=(rows[:, None] < length) & (columns[None, :] < WIDTH), other=0.0)
 
 
 @triton.jit
-def store_rows(tile, x, head, heads, rows, length, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_rows(tile, x, rows, length, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """The reverse: writes a tile (R, BLOCK_D), rounded to the dtype of x."""
     columns = tl.arange(0, BLOCK_D)
-    ptr = x[0] + (head // heads).to(tl.int64) * x[1][0] + (head % heads).to(tl.int64) * x[1][1]
-    tl.store(ptr + rows[:, None].to(tl.int64) * x[1][2] + columns[None, :], tile.to(ptr.dtype.element_ty),
+    tl.store(head_of(x) + rows[:, None].to(tl.int64) * x[1][2] + columns[None, :],
+             tile.to(x[0].dtype.element_ty),
              mask=(rows[:, None] < length) & (columns[None, :] < WIDTH))
 
 
 @triton.jit
 def forward_kernel(
-    queries,  # (B, heads, Tq, d): pointer and strides, as `load_rows` takes them
+    queries,  # (B, heads, Tq, d): pointer and strides, as `head_of` takes them
     keys, values,  # (B, heads, T, d)
     outputs,  # (B, heads, Tq, d), written
-    logsumexp_ptr,  # (B, heads, Tq) float32, written: L, to base 2
-    heads, Tq, T,
-    blocks,  # programs per head
+    logsumexps,  # (B, heads, Tq) float32, written: L, to base 2
+    Tq, T,
     scale,  # log₂e / √d
     WIDTH: tl.constexpr,  # d
     BLOCK_D: tl.constexpr,  # the power of two from d up
@@ -92,11 +96,10 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,  # keys per step
 ):
     """One block of queries of one head."""
-    head = tl.program_id(0) // blocks
-    block = blocks - 1 - tl.program_id(0) % blocks  # the last block sees the most keys: it starts first
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last block sees the most keys: it starts first
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     position = block * BLOCK_Q + T - Tq  # of the first of these queries in the sequence
-    q = load_rows(queries, head, heads, rows, Tq, WIDTH, BLOCK_D)  # (BLOCK_Q, BLOCK_D)
+    q = load_rows(queries, rows, Tq, WIDTH, BLOCK_D)  # (BLOCK_Q, BLOCK_D)
     output = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)  # not yet divided by l
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)  # m
     total = tl.zeros((BLOCK_Q,), tl.float32)  # l
@@ -105,8 +108,8 @@ def forward_kernel(
     for masked in tl.static_range(2):  # first the tiles that need no mask, then those on the diagonal
         for start in range(seen_by_all if masked else 0, seen_by_any if masked else seen_by_all, BLOCK_K):
             columns = start + tl.arange(0, BLOCK_K)
-            k = load_rows(keys, head, heads, columns, T, WIDTH, BLOCK_D)  # (BLOCK_K, BLOCK_D)
-            v = load_rows(values, head, heads, columns, T, WIDTH, BLOCK_D)
+            k = load_rows(keys, columns, T, WIDTH, BLOCK_D)  # (BLOCK_K, BLOCK_D)
+            v = load_rows(values, columns, T, WIDTH, BLOCK_D)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_Q, BLOCK_K), not yet scaled
             if masked:
                 scores = tl.where(columns[None, :] <= rows[:, None] + T - Tq, scores, float("-inf"))
@@ -117,39 +120,37 @@ def forward_kernel(
             output = tl.dot(weights.to(v.dtype), v, output * rescale[:, None], input_precision="ieee")
             largest = new_largest
     output *= (1 / total)[:, None]
-    store_rows(output, outputs, head, heads, rows, Tq, WIDTH, BLOCK_D)
-    tl.store(logsumexp_ptr + head.to(tl.int64) * Tq + rows, largest + tl.log2(total), mask=rows < Tq)
+    store_rows(output, outputs, rows, Tq, WIDTH, BLOCK_D)
+    tl.store(head_of(logsumexps) + rows, largest + tl.log2(total), mask=rows < Tq)
 
 
 @triton.jit
 def query_gradient_kernel(
     queries, keys, values, outputs, output_gradients,  # as in `forward_kernel`
-    logsumexp_ptr,  # (B, heads, Tq) float32
+    logsumexps,  # (B, heads, Tq) float32
     query_gradients,  # (B, heads, Tq, d), written
-    delta_ptr,  # (B, heads, Tq) float32, written: δ, which the next kernel reads
-    heads, Tq, T, blocks, scale,
+    deltas,  # (B, heads, Tq) float32, written: δ, which the next kernel reads
+    Tq, T, scale,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """dQ of one block of queries, by the same loops as in forward."""
-    head = tl.program_id(0) // blocks
-    block = blocks - 1 - tl.program_id(0) % blocks
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     position = block * BLOCK_Q + T - Tq
-    q = load_rows(queries, head, heads, rows, Tq, WIDTH, BLOCK_D)  # (BLOCK_Q, BLOCK_D)
-    output = load_rows(outputs, head, heads, rows, Tq, WIDTH, BLOCK_D)
-    output_gradient = load_rows(output_gradients, head, heads, rows, Tq, WIDTH, BLOCK_D)
-    saved = head.to(tl.int64) * Tq + rows
-    logsumexp = tl.load(logsumexp_ptr + saved, mask=rows < Tq, other=0.0)  # (BLOCK_Q,)
+    q = load_rows(queries, rows, Tq, WIDTH, BLOCK_D)  # (BLOCK_Q, BLOCK_D)
+    output = load_rows(outputs, rows, Tq, WIDTH, BLOCK_D)
+    output_gradient = load_rows(output_gradients, rows, Tq, WIDTH, BLOCK_D)
+    logsumexp = tl.load(head_of(logsumexps) + rows, mask=rows < Tq, other=0.0)  # (BLOCK_Q,)
     delta = tl.sum(output.to(tl.float32) * output_gradient.to(tl.float32), 1)  # (BLOCK_Q,)
-    tl.store(delta_ptr + saved, delta, mask=rows < Tq)
+    tl.store(head_of(deltas) + rows, delta, mask=rows < Tq)
     q_gradient = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)  # not yet divided by √d
     seen_by_all = (position + 1) // BLOCK_K * BLOCK_K
     seen_by_any = tl.minimum(position + BLOCK_Q, T)
     for masked in tl.static_range(2):
         for start in range(seen_by_all if masked else 0, seen_by_any if masked else seen_by_all, BLOCK_K):
             columns = start + tl.arange(0, BLOCK_K)
-            k = load_rows(keys, head, heads, columns, T, WIDTH, BLOCK_D)  # (BLOCK_K, BLOCK_D)
-            v = load_rows(values, head, heads, columns, T, WIDTH, BLOCK_D)
+            k = load_rows(keys, columns, T, WIDTH, BLOCK_D)  # (BLOCK_K, BLOCK_D)
+            v = load_rows(values, columns, T, WIDTH, BLOCK_D)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
             if masked:
                 scores = tl.where(columns[None, :] <= rows[:, None] + T - Tq, scores, float("-inf"))
@@ -160,23 +161,22 @@ def query_gradient_kernel(
                 scores_gradient = tl.where(rows[:, None] + T - Tq > 0, scores_gradient, 0.0)
             q_gradient = tl.dot(scores_gradient.to(k.dtype), k, q_gradient, input_precision="ieee")
     q_gradient *= scale * 0.6931471805599453  # ln 2: scale is log₂e / √d, the gradient needs 1/√d
-    store_rows(q_gradient, query_gradients, head, heads, rows, Tq, WIDTH, BLOCK_D)
+    store_rows(q_gradient, query_gradients, rows, Tq, WIDTH, BLOCK_D)
 
 
 @triton.jit
 def key_value_gradient_kernel(
     queries, keys, values, output_gradients,  # as in `forward_kernel`
-    logsumexp_ptr, delta_ptr,  # (B, heads, Tq) float32
+    logsumexps, deltas,  # (B, heads, Tq) float32
     key_gradients, value_gradients,  # (B, heads, T, d), written
-    heads, Tq, T, blocks, scale,
+    Tq, T, scale,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """dK and dV of one block of keys: loops over the queries that see it, with scores as keys by queries."""
-    head = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks  # the first block is seen by the most queries
+    block = tl.program_id(0)  # the first block is seen by the most queries
     columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    k = load_rows(keys, head, heads, columns, T, WIDTH, BLOCK_D)  # (BLOCK_K, BLOCK_D)
-    v = load_rows(values, head, heads, columns, T, WIDTH, BLOCK_D)
+    k = load_rows(keys, columns, T, WIDTH, BLOCK_D)  # (BLOCK_K, BLOCK_D)
+    v = load_rows(values, columns, T, WIDTH, BLOCK_D)
     k_gradient = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)  # not yet divided by √d
     v_gradient = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     first_row = block * BLOCK_K - (T - Tq)  # the first query that sees the first of these keys
@@ -185,11 +185,10 @@ def key_value_gradient_kernel(
     for masked in tl.static_range(2):  # first the queries that see all of these keys, then the diagonal
         for start in range(sees_one if masked else sees_all, sees_all if masked else Tq, BLOCK_Q):
             rows = start + tl.arange(0, BLOCK_Q)
-            q = load_rows(queries, head, heads, rows, Tq, WIDTH, BLOCK_D)  # (BLOCK_Q, BLOCK_D)
-            output_gradient = load_rows(output_gradients, head, heads, rows, Tq, WIDTH, BLOCK_D)
-            saved = head.to(tl.int64) * Tq + rows
-            logsumexp = tl.load(logsumexp_ptr + saved, mask=rows < Tq, other=0.0)  # (BLOCK_Q,)
-            delta = tl.load(delta_ptr + saved, mask=rows < Tq, other=0.0)
+            q = load_rows(queries, rows, Tq, WIDTH, BLOCK_D)  # (BLOCK_Q, BLOCK_D)
+            output_gradient = load_rows(output_gradients, rows, Tq, WIDTH, BLOCK_D)
+            logsumexp = tl.load(head_of(logsumexps) + rows, mask=rows < Tq, other=0.0)  # (BLOCK_Q,)
+            delta = tl.load(head_of(deltas) + rows, mask=rows < Tq, other=0.0)
             scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_K, BLOCK_Q)
             if masked:
                 scores = tl.where(columns[:, None] <= rows[None, :] + T - Tq, scores, float("-inf"))
@@ -201,8 +200,8 @@ def key_value_gradient_kernel(
                 scores_gradient = tl.where(rows[None, :] + T - Tq > 0, scores_gradient, 0.0)
             k_gradient = tl.dot(scores_gradient.to(q.dtype), q, k_gradient, input_precision="ieee")
     k_gradient *= scale * 0.6931471805599453  # ln 2, as above
-    store_rows(k_gradient, key_gradients, head, heads, columns, T, WIDTH, BLOCK_D)
-    store_rows(v_gradient, value_gradients, head, heads, columns, T, WIDTH, BLOCK_D)
+    store_rows(k_gradient, key_gradients, columns, T, WIDTH, BLOCK_D)
+    store_rows(v_gradient, value_gradients, columns, T, WIDTH, BLOCK_D)
 
 
 def tiles(kernel, dtype: torch.dtype, width: int) -> dict[str, int]:
@@ -217,15 +216,14 @@ def tiles(kernel, dtype: torch.dtype, width: int) -> dict[str, int]:
 
 
 def launch(kernel, *tensors: Tensor):
-    """Run a kernel on query, key, … (its tensors in order): a program per block and head."""
+    """Run a kernel on query, key, … (its tensors in order): a program per block of each head."""
     (B, heads, Tq, width), T = tensors[0].shape, tensors[1].shape[2]
     tile = tiles(kernel, tensors[0].dtype, width)
     blocks = cdiv(T, tile["BLOCK_K"]) if kernel is key_value_gradient_kernel else cdiv(Tq, tile["BLOCK_Q"])
     dense = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]  # outputs already are
-    with_strides = [(x, x.stride()[:3]) if x.ndim == 4 else x for x in dense]
     with torch.cuda.device_of(tensors[0]):
-        kernel[(B * heads * blocks,)](
-            *with_strides, heads, Tq, T, blocks, math.log2(math.e) / math.sqrt(width), WIDTH=width,
+        kernel[(blocks, heads, B)](
+            *[(x, x.stride()) for x in dense], Tq, T, math.log2(math.e) / math.sqrt(width), WIDTH=width,
             BLOCK_D=max(16, 1 << (width - 1).bit_length()), **tile)
 
 
