@@ -217,6 +217,8 @@ def tiles(kernel, dtype: torch.dtype, width: int) -> dict[str, int]:
 
 def launch(kernel, *tensors: Tensor):
     """Run a kernel on query, key, … (its tensors in order): a program per block of each head."""
+    if tensors[0].is_meta:  # torch.compile asks for the shapes and strides of the outputs only
+        return
     (B, heads, Tq, width), T = tensors[0].shape, tensors[1].shape[2]
     tile = tiles(kernel, tensors[0].dtype, width)
     blocks = cdiv(T, tile["BLOCK_K"]) if kernel is key_value_gradient_kernel else cdiv(Tq, tile["BLOCK_Q"])
@@ -233,37 +235,29 @@ def empty_like_linear(x: Tensor) -> Tensor:
     return x.new_empty(B, T, heads, width).transpose(1, 2)
 
 
-def empty_outputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    return empty_like_linear(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
 def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """→ output (B, heads, Tq, d), logsumexp (B, heads, Tq) float32."""
-    outputs = empty_outputs(query, key, value)
-    launch(forward_kernel, query, key, value, *outputs)
-    return outputs
-
-
-def empty_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(map(empty_like_linear, inputs[:3]))
+    output, logsumexp = empty_like_linear(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    launch(forward_kernel, query, key, value, output, logsumexp)
+    return output, logsumexp
 
 
 def backward(query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor,
              output_gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """→ gradients of query, key and value."""
-    gradients, delta = empty_gradients(query, key, value), torch.empty_like(logsumexp)
-    launch(query_gradient_kernel, query, key, value, output, output_gradient, logsumexp, gradients[0], delta)
-    launch(key_value_gradient_kernel, query, key, value, output_gradient, logsumexp, delta, *gradients[1:])
-    return gradients
+    dq, dk, dv = (empty_like_linear(x) for x in (query, key, value))
+    delta = torch.empty_like(logsumexp)
+    launch(query_gradient_kernel, query, key, value, output, output_gradient, logsumexp, dq, delta)
+    launch(key_value_gradient_kernel, query, key, value, output_gradient, logsumexp, delta, dk, dv)
+    return dq, dk, dv
 
 
 # As operators they stay whole in torch.compile. Named after the module, which `python -m` loads twice.
 LIBRARY = torch.library.Library(__name__.replace(".", "_"), "DEF")
 OPERATORS = getattr(torch.ops, LIBRARY.ns)
-for name, function, empty in (("forward", forward, empty_outputs), ("backward", backward, empty_gradients)):
-    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
-    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{LIBRARY.ns}::{name}", empty, lib=LIBRARY)
+for function in (forward, backward):
+    LIBRARY.define(function.__name__ + torch.library.infer_schema(function, mutates_args=()))
+    LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
 
 
 class Attention(torch.autograd.Function):

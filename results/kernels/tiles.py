@@ -44,7 +44,7 @@ def main():
         q, k, v = (torch.randn(32, T, 16, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
                    for _ in range(3))
         output, logsumexp = attention.forward(q, k, v)
-        delta, gradients = torch.empty_like(logsumexp), attention.empty_gradients(q, k, v)
+        delta, gradients = torch.empty_like(logsumexp), [attention.empty_like_linear(x) for x in (q, k, v)]
         arguments = {
             attention.forward_kernel: (q, k, v, output, logsumexp),
             attention.query_gradient_kernel: (q, k, v, output, output, logsumexp, gradients[0], delta),
