@@ -40,10 +40,11 @@ def compare(title: str, forms: dict, flops: float, bytes_moved: float, tensor_co
 
     On a GPU: memory taken, median of a call from Python, that of its kernels alone (a replayed CUDA graph),
     the latter's rate, and the share of it that attainable arithmetic or bandwidth would take (a roofline).
-    Without one: ratios to the fastest. A form that cannot run is named.
+    The last number is the ratio to the first form's time. A form that cannot run is named.
     """
-    on_gpu, lines, times = torch.cuda.is_available(), {}, {}
+    on_gpu, first = torch.cuda.is_available(), None
     for name, function in forms.items():
+        line = f"{title:42} {name:28}"
         try:
             function()  # compiles
             timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
@@ -53,20 +54,19 @@ def compare(title: str, forms: dict, flops: float, bytes_moved: float, tensor_co
                 before = torch.cuda.memory_allocated()
                 function()
                 taken = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-                lines[name] = f" {taken:8.1f} MiB {1e6 * time:9.1f} µs eager"
+                line += f" {taken:8.1f} MiB {1e6 * time:9.1f} µs eager"
                 time = triton.testing.do_bench_cudagraph(function, return_mode="median") / 1e3
-            times[name] = time
+                line += f" {1e6 * time:9.1f} µs graph {flops / time / 1e12:7.1f} TFLOP/s"
         except RuntimeError as error:
-            print(f"{title:42} {name:28} {str(error).splitlines()[0]}")
-    for name, time in times.items():
-        line = f"{title:42} {name:28} {time / min(times.values()):6.2f}×"
-        if on_gpu:
-            line += f"{lines[name]} {1e6 * time:9.1f} µs graph {flops / time / 1e12:7.1f} TFLOP/s"
-            for rates in (ATTAINABLE[gpu] for gpu in ATTAINABLE if gpu in torch.cuda.get_device_name()):
-                arithmetic = rates[0] / 3 if tensor_cores == "3xTF32" else rates[1]
-                floor = max(flops / arithmetic, bytes_moved / rates[2]) / 1e12
+            print(line, str(error).splitlines()[0], flush=True)
+            continue
+        for gpu, (tf32, half, bandwidth) in ATTAINABLE.items():
+            if on_gpu and gpu in torch.cuda.get_device_name():
+                rate = tf32 / 3 if tensor_cores == "3xTF32" else half
+                floor = max(flops / rate, bytes_moved / bandwidth) / 1e12
                 line += f" {100 * floor / time:4.0f} % of the floor"
-        print(line, flush=True)
+        first = first or time
+        print(f"{line} {time / first:6.2f}×", flush=True)
 
 
 def describe_device() -> torch.device:
@@ -74,5 +74,5 @@ def describe_device() -> torch.device:
     if torch.cuda.is_available():
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
         return torch.device("cuda")
-    print(f"No GPU: torch {torch.__version__}, {torch.get_num_threads()} CPU threads. Ratios to the fastest:")
+    print(f"No GPU: torch {torch.__version__}, {torch.get_num_threads()} CPU threads. Ratios to the first form:")
     return torch.device("cpu")
