@@ -15,8 +15,9 @@ except ImportError:  # macOS, Windows: the kernels stay plain functions that not
     class tl:
         constexpr = int
 
-# TFLOP/s of TF32 and of 16-bit floats, TB/s of memory: 80 %, 80 % and 90 % of what the data sheets say.
-ATTAINABLE = {"H200": (395, 790, 4.3), "H100": (395, 790, 3.0)}
+# TFLOP/s of tensor cores (3xTF32: a third of TF32) and TB/s: 80 % and 90 % of what the data sheets say.
+ATTAINABLE = {"H200": {"3xTF32": 132, "16 bit": 790, "memory": 4.3},
+              "H100": {"3xTF32": 132, "16 bit": 790, "memory": 3.0}}
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -60,10 +61,9 @@ def compare(title: str, forms: dict, flops: float, bytes_moved: float, tensor_co
         except RuntimeError as error:
             print(line, str(error).splitlines()[0], flush=True)
             continue
-        for gpu, (tf32, half, bandwidth) in ATTAINABLE.items():
+        for gpu, rates in ATTAINABLE.items():
             if on_gpu and gpu in torch.cuda.get_device_name():
-                rate = tf32 / 3 if tensor_cores == "3xTF32" else half
-                floor = max(flops / rate, bytes_moved / bandwidth) / 1e12
+                floor = max(flops / rates[tensor_cores], bytes_moved / rates["memory"]) / 1e12
                 line += f" {100 * floor / time:4.0f} % of the floor"
         first = first or time
         print(f"{line} {time / first:6.2f}×", flush=True)
@@ -74,5 +74,5 @@ def describe_device() -> torch.device:
     if torch.cuda.is_available():
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
         return torch.device("cuda")
-    print(f"No GPU: torch {torch.__version__}, {torch.get_num_threads()} CPU threads. Ratios to the first form:")
+    print(f"No GPU: torch {torch.__version__}, {torch.get_num_threads()} CPU threads. Ratios to the first:")
     return torch.device("cpu")
