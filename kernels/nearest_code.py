@@ -8,7 +8,7 @@ two codes differ.
 
 The plain form writes the (N, K) scores to memory and reads them again for the argmin: 8·N·K bytes beside the
 4·N·D of the input, eight times as many at K = 1,024 and D = 256. The kernel loops over tiles of the codebook,
-keeps for each vector the best score so far and its code, and writes 8 bytes a vector.
+keeps for each vector the best score so far and its code, and writes 12 bytes a vector.
 
 It is bound by arithmetic. Tensor cores round float32 to TF32, 11 significant bits of 24, and two codes may
 differ by less. So x = x − offset and c = −2(c_k − offset) are each split into a high part, which is TF32, and
@@ -142,7 +142,7 @@ def prepare_codebook_kernel(
 def nearest_code_kernel(
     vectors_ptr, vectors_strides,  # (N, D); strides in elements
     offset_ptr, high_ptr, low_ptr, norms_ptr,  # the prepared codebook
-    keys_ptr,  # (splits, N) int64, written: score and index as one number, the smaller the nearer
+    scores_ptr, nearest_ptr,  # (splits, N) float32 and int64, written: the least score and its code
     N, K, D, width,
     codes_per_program,  # a multiple of BLOCK_K
     BLOCK_N: tl.constexpr,  # vectors per program
@@ -174,11 +174,9 @@ def nearest_code_kernel(
         better = score < best_score  # not ≤: of equal scores the first stays
         best_score = tl.where(better, score, best_score)
         best_code = tl.where(better, code, best_code)
-    # A float's bits, read as an integer, order positive floats; with all but the sign flipped, the rest.
-    bits = best_score.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = (bits.to(tl.int64) << 32) | best_code.to(tl.int64)  # of equal scores the lowest index is least
-    tl.store(keys_ptr + tl.program_id(1).to(tl.int64) * N + rows, key, mask=rows < N)
+    place = tl.program_id(1).to(tl.int64) * N + rows
+    tl.store(scores_ptr + place, best_score, mask=rows < N)
+    tl.store(nearest_ptr + place, best_code, mask=rows < N)
 
 
 def prepare_codebook(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -210,13 +208,14 @@ def nearest_code_triton(vectors: Tensor, codebook: Tensor) -> Tensor:
     # Few vectors: several programs share the codes, until each multiprocessor has four to run.
     blocks_per_program = cdiv(code_blocks, cdiv(4 * multiprocessors(device), max(row_blocks, 1)))
     splits = cdiv(code_blocks, blocks_per_program)
-    keys = torch.empty(splits, N, dtype=torch.int64, device=device)
+    scores, nearest = (torch.empty(splits, N, dtype=dtype, device=device)
+                       for dtype in (torch.float32, torch.int64))
     with torch.cuda.device_of(vectors):
         offset, high, low, norms = prepare_codebook(codebook)
         nearest_code_kernel[(row_blocks, splits)](
-            vectors, vectors.stride(), offset, high, low, norms, keys, N, K, D, high.shape[1],
+            vectors, vectors.stride(), offset, high, low, norms, scores, nearest, N, K, D, high.shape[1],
             blocks_per_program * TILE["BLOCK_K"], **TILE)
-    return keys.amin(0) & 0xFFFFFFFF
+    return nearest.gather(0, scores.argmin(0, keepdim=True))[0]  # of equal scores the first program's
 
 
 def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:

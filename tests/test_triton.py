@@ -53,14 +53,13 @@ def assert_exact(vectors, codebook):
 def best_scores(vectors, codebook):
     """(N,) float32: the least |c|² − 2x·c, c and x less the offset, that the kernel notes beside the code."""
     N, K = len(vectors), len(codebook)
-    keys = torch.empty(1, N, dtype=torch.int64, device=DEVICE)
+    scores = torch.empty(1, N, device=DEVICE)
     with here():
         offset, high, low, norms = lookup.prepare_codebook(codebook)
         lookup.nearest_code_kernel[(-(-N // 128), 1)](
-            vectors, vectors.stride(), offset, high, low, norms, keys, N, K, vectors.shape[1], high.shape[1],
-            len(high), **lookup.TILE)
-    bits = keys[0] >> 32
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).int().view(torch.float32), offset[:vectors.shape[1]]
+            vectors, vectors.stride(), offset, high, low, norms, scores, torch.empty_like(scores).long(), N, K,
+            vectors.shape[1], high.shape[1], len(high), **lookup.TILE)
+    return scores[0], offset[:vectors.shape[1]]
 
 
 def assert_near(vectors, codebook):
@@ -172,18 +171,18 @@ def test_more_than_two_to_the_31_elements(transposed):
     codebook = random(70, D)
     prepared = lookup.prepare_codebook(codebook)
     vectors[-64:] = codebook[3:67]
-    keys = torch.empty(1, N, dtype=torch.int64)
+    scores, codes = torch.empty(1, N), torch.empty(1, N, dtype=torch.int64)
     with strict(only=lambda programs: {programs - 1}):
         lookup.nearest_code_kernel[(N // 128 + 1, 1)](
-            vectors, vectors.stride(), *prepared, keys, N, 70, D, 256, 128, **lookup.TILE)
-    assert (keys[0, -64:] & 0xFFFFFFFF).tolist() == list(range(3, 67))
+            vectors, vectors.stride(), *prepared, scores, codes, N, 70, D, 256, 128, **lookup.TILE)
+    assert codes[0, -64:].tolist() == list(range(3, 67))
 
 
 @interpreted
 def test_a_codebook_of_more_than_two_to_the_31_elements():
     K, D = 2 ** 16, 2 ** 15 + 1024
     offset, high, low, norms = torch.zeros(D), torch.empty(K, D), torch.empty(K, D), torch.empty(K)
-    keys = torch.empty(512, 1, dtype=torch.int64)
+    scores, codes = torch.empty(512, 1), torch.empty(512, 1, dtype=torch.int64)
     for codebook in (torch.empty(D, K).T, torch.empty(K, D)):
         codebook[-128:] = 1.0
         codebook[-5] = 0.0
@@ -192,9 +191,9 @@ def test_a_codebook_of_more_than_two_to_the_31_elements():
                 codebook, codebook.stride(), offset, high, low, norms, K, D, D, BLOCK_K=128, BLOCK_D=1024)
     with strict(only=lambda programs: {programs - 1}):
         lookup.nearest_code_kernel[(1, 512)](
-            torch.zeros(1, D), (D, 1), offset, high, low, norms, keys, 1, K, D, D, 128,
+            torch.zeros(1, D), (D, 1), offset, high, low, norms, scores, codes, 1, K, D, D, 128,
             BLOCK_N=16, BLOCK_K=128, BLOCK_D=1024)
-    assert keys[-1] & 0xFFFFFFFF == K - 5
+    assert codes[-1] == K - 5
 
 
 def test_the_lookup_refuses_what_it_cannot_compare():
