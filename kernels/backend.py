@@ -25,8 +25,9 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@torch.compiler.assume_constant_result  # torch.compile asks once
 def has_tf32(device: torch.device) -> bool:
-    """Whether Triton is there, and tensor cores multiply TF32: NVIDIA GPUs since Ampere."""
+    """Whether Triton is there, and tensor cores multiply TF32 and bfloat16: NVIDIA GPUs since Ampere."""
     return (HAS_TRITON and device.type == "cuda" and torch.version.hip is None
             and torch.cuda.get_device_capability(device) >= (8, 0))
 

@@ -20,7 +20,8 @@ gradient is the same to the last bit every time. All compute exp(x) as 2^(x·log
 
     python -m kernels.causal_attention    checks the kernels and prints a table (without a GPU: plain torch's)
 
-Limits: float32 (IEEE), float16, bfloat16; d from 1 to 128, fastest at powers of two from 16; any T, strides.
+Limits: float32 (IEEE), float16, bfloat16; d from 1 to 128, fastest at powers of two from 16; any T, strides;
+B and heads below 65,536; NVIDIA GPUs since Ampere (others get torch's).
 Symbols: B batch, Tq queries, T keys, d head_dim.
 """
 import math
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.backend import HAS_TRITON, cdiv, compare, describe_device, tl, triton
+from kernels.backend import cdiv, compare, describe_device, has_tf32, tl, triton
 
 
 def causal_attention_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -304,9 +305,10 @@ def causal_attention_torch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """query (B, heads, Tq, d), key and value (B, heads, T, d) → (B, heads, Tq, d); differentiable.
 
-    The kernels on a GPU, torch's fused attention elsewhere. Raises ValueError for other shapes or Tq > T.
+    The kernels on NVIDIA GPUs since Ampere (before, the compiler emulates bfloat16), torch's fused attention
+    elsewhere. Raises ValueError for other shapes or Tq > T.
     """
-    attention = causal_attention_triton if HAS_TRITON and query.is_cuda else causal_attention_torch
+    attention = causal_attention_triton if has_tf32(query.device) else causal_attention_torch
     return attention(query, key, value)
 
 
