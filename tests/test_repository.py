@@ -31,7 +31,7 @@ def imports(path: Path) -> set[str]:
 
 def test_imports_only_go_down_and_need_nothing_but_the_requirements():
     for path in CODE:
-        module = "kernels" if path.parent.name == "kernels" else path.stem
+        module = path.stem if path.parent == ROOT else "kernels"
         for name in imports(path) - OUTSIDE - {module}:
             down = LEVEL[name] < LEVEL[module]
             assert down or (module, name) == ("train_gpt", "train_vq"), f"{path.name} imports {name}"
