@@ -305,11 +305,11 @@ def causal_attention_torch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """query (B, heads, Tq, d), key and value (B, heads, T, d) → (B, heads, Tq, d); differentiable.
 
-    The kernels on NVIDIA GPUs since Ampere (before, the compiler emulates bfloat16), torch's fused attention
-    elsewhere. Raises ValueError for other shapes or Tq > T.
+    The kernels on NVIDIA GPUs since Ampere (before, the compiler emulates bfloat16) for d up to 128, torch's
+    fused attention elsewhere. Raises ValueError for other shapes or Tq > T.
     """
-    attention = causal_attention_triton if has_tf32(query.device) else causal_attention_torch
-    return attention(query, key, value)
+    kernels_fit = has_tf32(query.device) and query.shape[-1] <= 128
+    return (causal_attention_triton if kernels_fit else causal_attention_torch)(query, key, value)
 
 
 def main():
