@@ -59,7 +59,7 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor):
 
 @triton.jit
 def head_of(x):
-    """Where this program's head begins in x, a pointer and the strides of its axes (B, heads, …), in elements.
+    """Where this program's head begins in x, (B, heads, …): a pointer and its strides, in elements.
 
     The grid is (blocks, heads, B).
     """
@@ -85,7 +85,7 @@ def store_rows(tile, x, rows, length, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr
 
 @triton.jit
 def forward_kernel(
-    queries,  # (B, heads, Tq, d): pointer and strides, as `head_of` takes them
+    queries,  # (B, heads, Tq, d); each tensor is a tuple of pointer and strides
     keys, values,  # (B, heads, T, d)
     outputs,  # (B, heads, Tq, d), written
     logsumexps,  # (B, heads, Tq) float32, written: L, to base 2

@@ -53,12 +53,12 @@ def assert_exact(vectors, codebook):
 def best_scores(vectors, codebook):
     """(N,) float32: the least |c|² − 2x·c, c and x less the offset, that the kernel notes beside the code."""
     N, K = len(vectors), len(codebook)
-    scores = torch.empty(1, N, device=DEVICE)
+    scores, codes = torch.empty(1, N, device=DEVICE), torch.empty(1, N, dtype=torch.int64, device=DEVICE)
     with here():
         offset, high, low, norms = lookup.prepare_codebook(codebook)
         lookup.nearest_code_kernel[(-(-N // 128), 1)](
-            vectors, vectors.stride(), offset, high, low, norms, scores, torch.empty_like(scores).long(), N, K,
-            vectors.shape[1], high.shape[1], len(high), **lookup.TILE)
+            vectors, vectors.stride(), offset, high, low, norms, scores, codes, N, K, vectors.shape[1],
+            high.shape[1], len(high), **lookup.TILE)
     return scores[0], offset[:vectors.shape[1]]
 
 
