@@ -82,19 +82,14 @@ def claim(folder: Path, first_step: int) -> TextIO:
     for name in ("checkpoint.pt", "best.pt", "log.jsonl", "step-*.png", "loss-map.png"):
         for part in folder.glob(f"{name}.part"):
             part.unlink()
-    log = folder / "log.jsonl"
-    lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() and first_step else []
+    log, kept = folder / "log.jsonl", []
+    for line in log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # torn, maybe just before its newline
+            if line.endswith("\n") and json.loads(line)["step"] <= first_step:
+                kept.append(line)
     with replacing(log, advice) as part:
-        part.write_text("".join(line for line in lines if step_of(line) <= first_step))
+        part.write_text("".join(kept))
     return file
-
-
-def step_of(line: str) -> float:
-    """The step of a line of log.jsonl; infinity for one that a crash cut short, even by its newline only."""
-    try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, TypeError, KeyError):
-        return math.inf
 
 
 def save_checkpoint(config: Any, process: Any, step: int, parts: dict, name: str = "checkpoint.pt"):
