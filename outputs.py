@@ -23,8 +23,9 @@ from torch import Tensor
 
 try:
     import fcntl
-except ImportError:  # Windows: there no folder is locked, and unfinished files of killed runs stay
-    fcntl = None
+    import resource
+except ImportError:  # Windows: no folder is locked, unfinished files of killed runs stay, no memory is told
+    fcntl = resource = None
 
 
 @contextlib.contextmanager
@@ -165,9 +166,7 @@ def memory(device: torch.device) -> float:
     """Peak memory in GiB: torch's on a GPU, the process's on a CPU (nan where the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource  # not on Windows
-    except ImportError:
+    if not resource:
         return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
