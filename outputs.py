@@ -124,10 +124,9 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; {advice}")
     try:
-        with zipfile.ZipFile(path) as file:  # its checksums, which torch.load does not look at
-            damaged = file.testzip()
-        if damaged:
-            raise ValueError(damaged)
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # its checksums, which torch.load does not look at
+                raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
