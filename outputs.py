@@ -216,7 +216,7 @@ class Log:
         self.unit, self.units_per_step, self.checkpoint_every = unit, units_per_step, config.checkpoint_every
         self.began = self.last = time.perf_counter()
         self.first_step = self.last_step = self.step = first_step
-        self.name_batch, self.added = name_batch, {}
+        self.name_batch, self.added = name_batch, {}  # name → step → value
         if process.rank == 0:
             self.lock = claim(config.folder, first_step)
 
@@ -224,16 +224,15 @@ class Log:
         """Collect values of the next step for the mean on the next line; reads nothing back from the GPU."""
         self.step += 1
         for name, value in values.items():
-            self.added.setdefault(name, []).append((self.step, value.detach()))
+            self.added.setdefault(name, {})[self.step] = value.detach()
 
     def means(self) -> dict[str, float]:
         """Means of what was added since the last call, over all processes. ValueError if not finite."""
         means, wrong = {}, []
         for name, added in self.added.items():
-            steps, values = zip(*added)
-            values = self.process.total(torch.stack(values)) / self.process.world  # (steps,)
+            values = self.process.total(torch.stack(list(added.values()))) / self.process.world  # (steps,)
             means[name] = values.mean().item()
-            wrong += [(step, name, value) for step, value in zip(steps, values.tolist())
+            wrong += [(step, name, value) for step, value in zip(added, values.tolist())
                       if not math.isfinite(value)]
         self.added = {}
         for step, name, value in sorted(wrong):  # the first step is named; later ones follow from it
