@@ -214,7 +214,7 @@ class Log:
                  name_batch: Callable[[int], str]):
         self.path, self.process, self.steps = config.folder / "log.jsonl", process, config.steps
         self.unit, self.units_per_step, self.checkpoint_every = unit, units_per_step, config.checkpoint_every
-        self.began = self.last = time.perf_counter()
+        self.began = self.last = self.stopped = time.perf_counter()
         self.first_step = self.last_step = self.step = first_step
         self.name_batch, self.added = name_batch, {}  # name → step → value
         if process.rank == 0:
@@ -227,7 +227,10 @@ class Log:
             self.added.setdefault(name, {})[self.step] = value.detach()
 
     def means(self) -> dict[str, float]:
-        """Means of what was added since the last call, over all processes. ValueError if not finite."""
+        """Means of what was added since the last call, over all processes. ValueError if not finite.
+
+        Stops the clock until the next line is printed: evaluation is no part of a step.
+        """
         means, wrong = {}, []
         for name, added in self.added.items():
             values = self.process.total(torch.stack(list(added.values()))) / self.process.world  # (steps,)
@@ -237,6 +240,7 @@ class Log:
         self.added = {}
         for step, name, value in sorted(wrong):  # the first step is named; later ones follow from it
             self.check(step, {name: value}, f" with {self.name_batch(step)}")
+        self.stopped = time.perf_counter()
         return means
 
     def check(self, step: int, losses: dict, batch: str = ""):
@@ -249,13 +253,6 @@ class Log:
                 raise ValueError(f"the {name} loss became {value} in step {step}{batch}: {advice} a lower "
                                  "--lr")
 
-    @contextlib.contextmanager
-    def untimed(self) -> Iterator[None]:
-        """Excluded from step timing."""
-        began = time.perf_counter()
-        yield
-        self.last += time.perf_counter() - began
-
     def finish(self, picture_path: Path | None) -> Path:
         """Print the last line; returns the path of the checkpoint."""
         path, seconds = self.path.with_name("checkpoint.pt"), time.perf_counter() - self.began
@@ -264,10 +261,9 @@ class Log:
 
     def line(self, step: int, text: str, values: dict):
         """Print `step … · text · speed · memory · time left`, and append the values to log.jsonl."""
-        now = time.perf_counter()
-        seconds = (now - self.last) / max(1, step - self.last_step)
-        left = (now - self.began) / max(1, step - self.first_step) * (self.steps - step)
-        self.last, self.last_step = now, step
+        seconds = (self.stopped - self.last) / (step - self.last_step)
+        self.last, self.last_step = time.perf_counter(), step
+        left = (self.last - self.began) / (step - self.first_step) * (self.steps - step)
         if self.process.rank == 0:
             rate, peak = self.units_per_step / seconds, memory(self.process.device)
             speed = f"{seconds * 1e3:.0f} ms/step · {si(rate)} {self.unit}/s · {peak:.1f} GiB"

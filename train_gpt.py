@@ -199,13 +199,12 @@ def main(argv: list[str] | None = None) -> Path | None:
         if due.log:
             means = log.means()
             if due.evaluate:
-                with log.untimed():
-                    scores = evaluate(prior, validation, config, process)
-                    log.check(step, scores)
-                    samples_path = config.folder / f"step-{step:06d}.png"
-                    if rank == 0:
-                        draw_samples(prior, validation, config, samples_path)
-                        draw_loss_map(scores["val_by_cell"], config.folder / "loss-map.png")
+                scores = evaluate(prior, validation, config, process)
+                log.check(step, scores)
+                samples_path = config.folder / f"step-{step:06d}.png"
+                if rank == 0:
+                    draw_samples(prior, validation, config, samples_path)
+                    draw_loss_map(scores["val_by_cell"], config.folder / "loss-map.png")
             text = f"train {means['train']:.3f} nats/token{status_text(scores, layout)} · lr {lr:.1e}"
             log.line(step, text, means | {"lr": lr} | (scores if due.evaluate else {}))
         if due.evaluate and scores["val"] < best[0]:  # small data sets overfit early

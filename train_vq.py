@@ -246,12 +246,11 @@ def main(argv: list[str] | None = None) -> Path | None:
         if due.log:
             means = log.means()
             if due.evaluate:
-                with log.untimed():
-                    scores, counts = evaluate(vq, perceptual, validation, config, process)
-                    log.check(step, scores)
-                    picture_path = config.folder / f"step-{step:06d}.png"
-                    if rank == 0:
-                        draw(vq, validation, counts, config, picture_path)
+                scores, counts = evaluate(vq, perceptual, validation, config, process)
+                log.check(step, scores)
+                picture_path = config.folder / f"step-{step:06d}.png"
+                if rank == 0:
+                    draw(vq, validation, counts, config, picture_path)
             log.line(step, f"{status_text(means, scores, config.codebook_size)} · lr {lr:.1e}",
                      means | {"lr": lr} | (scores if due.evaluate else {}))
         # Not after the last step: codes would move after they have been measured.

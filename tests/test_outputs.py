@@ -179,8 +179,8 @@ def test_a_line_repeats_its_numbers_and_evaluations_do_not_count_as_steps(tmp_pa
     log = open_log(tmp_path, first_step=1, units=6)
     for step in (3, 5):
         clock[0] += 3
-        with log.untimed():
-            clock[0] += 100
+        log.means()
+        clock[0] += 100
         log.line(step, "loss 2.5", {"loss": 2.5})
     numbers = {"loss": 2.5, "ms_per_step": 1500.0, "tokens_per_s": 4.0}
     assert read_log(tmp_path) == [{"step": 3} | numbers, {"step": 5} | numbers]
@@ -241,5 +241,6 @@ def test_a_log_that_cannot_be_written_says_so(tmp_path):
     log = open_log(tmp_path)
     (tmp_path / "log.jsonl").unlink()
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    log.means()
     with pytest.raises(OSError, match=r"log.jsonl could not be written \(No space left on device\)"):
         log.line(1, "", {})
