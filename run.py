@@ -285,51 +285,48 @@ def kill_workers():
         worker.kill()
 
 
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit status and sentence for an error that is no mistake of ours; raises those that may be."""
+    text, kind = str(error).strip(), type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        return 130, text or "interrupted; checkpoints and finished code caches are intact"
+    if isinstance(error, UsageError):
+        return 2, text
+    if isinstance(error, BrokenPipeError):
+        return 1, "the program that reads the output has ended, and so has this one"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of stdout's file, or a library's
+        return 1, f"{error.filename or 'the output'} could not be written ({error.strerror}): make room"
+    if isinstance(error, (ValueError, OSError)):
+        # An error in a worker process arrives with that process's traceback in front of the sentence.
+        return 1, re.sub(r"^[\w.]+Error: ", "", text.rpartition("\n")[2]) or kind
+    reason = text.partition("\n")[0]
+    if torch.distributed.is_initialized() and (  # gloo's errors have no type of their own
+            isinstance(error, torch.distributed.DistError) or re.search("(?i)gloo|peer", text)):
+        return 1, (f"another process of this run has ended or cannot be reached ({reason}): see its message, "
+                   "and go on with --resume")
+    if "Inductor" in kind:
+        return 1, f"torch.compile does not work here ({reason}): leave out --compile"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate" in text:
+        return 1, "there is too little memory for this run; --help lists what saves memory"
+    raise error
+
+
 def command_line(main: Callable[[], None]):
     """Run a script; a user's mistake ends with one sentence, status 2 (flag) or 1 (file), no traceback."""
-    status, message, first = 0, None, os.environ.get("RANK", "0") == "0"
+    status, message, first = 0, "", os.environ.get("RANK", "0") == "0"
     if hasattr(sys.stdout, "reconfigure"):  # else it is closed, or a notebook's
         sys.stdout.reconfigure(errors="replace")  # redirected on Windows, its encoding has no → or λ
     try:
         main()
-    except KeyboardInterrupt as error:
-        status, message = 130, str(error) or "interrupted; checkpoints and finished code caches are intact"
-    except UsageError as error:
-        status, message = 2, str(error)
-    except (ValueError, OSError) as error:
-        # An error in a worker process arrives with that process's traceback in front of the sentence.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        status, message = 1, re.sub(r"^[\w.]+Error: ", "", lines[-1])
-        if isinstance(error, BrokenPipeError):
-            message = "the program that reads the output has ended, and so has this one"
-        elif isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of stdout's file, or a library's
-            message = f"{error.filename or 'the output'} could not be written ({error.strerror}): make room"
-    except (RuntimeError, MemoryError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        if torch.distributed.is_initialized() and (  # gloo's errors have no type of their own
-                isinstance(error, torch.distributed.DistError) or re.search("(?i)gloo|peer", str(error))):
-            status, message = 1, (f"another process of this run has ended or cannot be reached ({reason}): "
-                                  "see its message, and go on with --resume")
-        elif "Inductor" in type(error).__name__:
-            status, message = 1, f"torch.compile does not work here ({reason}): leave out --compile"
-        elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate" in str(error):
-            status, message = 1, "there is too little memory for this run; --help lists what saves memory"
-        else:
-            raise
+    except (KeyboardInterrupt, ValueError, OSError, RuntimeError, MemoryError) as error:
+        status, message = explain(error)
     if message and (first or status != 130):
         if not first:
             time.sleep(3)  # rank 0 reports a mistake that all ranks make; torchrun then ends the others
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     if torch.distributed.is_initialized():
-        end_at_once(status)
+        if status == 0:
+            torch.distributed.destroy_process_group()  # after an error it could wait for the others
+        kill_workers()
+        os._exit(status)  # threads that gloo leaves behind can abort a process that ends as usual
     sys.exit(status)
-
-
-def end_at_once(status: int):
-    """End one process of several: threads that gloo leaves behind can abort a process that ends as usual."""
-    if status == 0:
-        torch.distributed.destroy_process_group()  # after an error it could wait for the others
-    kill_workers()
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.flush()
-    os._exit(status)
