@@ -16,7 +16,7 @@ from gpt import GPT, GPTConfig
 from kernels.causal_attention import OPERATORS
 from orderings import TokenLayout
 from outputs import announce, duration, memory, si
-from run import Process, autocast
+from run import autocast
 from stages import FirstStage, Prior, Sampling, Stages
 from vq import VQ, VQConfig
 
@@ -41,14 +41,13 @@ class CountOperations(TorchDispatchMode):  # torch's FlopCounterMode fails at au
         return result
 
 
-def benchmark_training(train_step: Callable[[], Any], config: Any, process: Process, unit: str, units: int):
+def benchmark_training(train_step: Callable[[], Any], config: Any, device: torch.device, unit: str,
+                       units: int):
     """Print what all steps of a run will cost, from the median of five on this machine.
 
     `units`: images or tokens of one picture. Share of the peak: the step's operations against the GPU's data
     sheet, or against a large matrix product where that is not known.
     """
-    device = process.device
-
     def measure(step: Callable[[], Any]) -> float:
         began = time.perf_counter()
         step()

@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     describe(config, prior, training, validation, device)
     if config.benchmark:
         batch = list(range(config.batch_size // world))
-        return benchmark_training(lambda: train_step(batch), config, process, "tokens", sum(layout.lengths))
+        return benchmark_training(lambda: train_step(batch), config, device, "tokens", sum(layout.lengths))
     count, T = len(training["image"]), sum(layout.lengths)
     order = data.training_order(count, config.batch_size, config.seed, first_step, rank, world)
     log = Log(config, process, first_step, "tokens", config.batch_size * T, lambda step: data.name_batch(

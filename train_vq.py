@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     batches = load_inputs(training, order, config, channels, device)
     if config.benchmark:  # with all losses, as in the last step
         last = functools.partial(train_step, next(batches), config.steps, config.lr)
-        return benchmark_training(last, config, process, "images", 1)
+        return benchmark_training(last, config, device, "images", 1)
     log = Log(config, process, first_step, "images", config.batch_size,
               lambda step: data.name_batch(training, 1, config.batch_size, config.seed, step))
     scores, picture_path = {}, None
