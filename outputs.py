@@ -253,10 +253,14 @@ class Log:
                 raise ValueError(f"the {name} loss became {value} in step {step}{batch}: {advice} a lower "
                                  "--lr")
 
-    def finish(self, picture_path: Path | None) -> Path:
+    def picture(self, step: int) -> Path:
+        return self.path.with_name(f"step-{step:06d}.png")
+
+    def finish(self) -> Path:
         """Print the last line; returns the path of the checkpoint."""
         path, seconds = self.path.with_name("checkpoint.pt"), time.perf_counter() - self.began
-        announce(f"done in {duration(seconds)} · {path} · {picture_path or 'all steps were done before'}")
+        made = self.picture(self.steps) if self.step > self.first_step else "all steps were done before"
+        announce(f"done in {duration(seconds)} · {path} · {made}")
         return path
 
     def line(self, step: int, text: str, values: dict):

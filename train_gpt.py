@@ -190,33 +190,32 @@ def main(argv: list[str] | None = None) -> Path | None:
     order = data.training_order(count, config.batch_size, config.seed, first_step, rank, world)
     log = Log(config, process, first_step, "tokens", config.batch_size * T, lambda step: data.name_batch(
         training["image"].dataset, config.views, config.batch_size, config.seed, step))
-    scores, samples_path = {}, None
+    scores = {}
     for step, due in run.steps(config, process, first_step):
         lr = run.set_learning_rate(optimizer, config, step)
         log.add({"train": train_step([index for index, _ in next(order)])})
 
-        # means() or check() raises if the run has diverged, before it is sampled from or saved.
+        # means() and check() raise if the run has diverged, before it is sampled from or saved.
         if due.log:
-            means = log.means()
+            numbers = log.means() | {"lr": lr}
             if due.evaluate:
                 scores = evaluate(prior, validation, config, process)
                 log.check(step, scores)
-                samples_path = config.folder / f"step-{step:06d}.png"
+                numbers |= scores
                 if rank == 0:
-                    draw_samples(prior, validation, config, samples_path)
+                    draw_samples(prior, validation, config, log.picture(step))
                     draw_loss_map(scores["val_by_cell"], config.folder / "loss-map.png")
-            text = f"train {means['train']:.3f} nats/token{status_text(scores, layout)} · lr {lr:.1e}"
-            log.line(step, text, means | {"lr": lr} | (scores if due.evaluate else {}))
-        if due.evaluate and scores["val"] < best[0]:  # small data sets overfit early
-            best = scores["val"], step
-            save_checkpoint(config, process, step, prior.state(), "best.pt")
+                if scores["val"] < best[0]:  # small data sets overfit early
+                    best = scores["val"], step
+                    save_checkpoint(config, process, step, prior.state(), "best.pt")
+            log.line(step, status_text(scores | numbers, layout), numbers)
         if due.save:
             save_checkpoint(config, process, step,
                             prior.state() | {"optimizer": optimizer.state_dict(), "best": best})
 
     if 0 < best[1] < config.steps:
         announce(f"lowest validation loss {best[0]:.3f} after step {best[1]}: {config.folder / 'best.pt'}")
-    return log.finish(samples_path)
+    return log.finish()
 
 
 def open_stages(config: TrainConfig, checkpoint: dict | None, process: run.Process) -> Stages:
@@ -312,15 +311,17 @@ def evaluate(prior: Prior, codes: dict[str, np.ndarray], config: TrainConfig, pr
     return scores | {"val_by_cell": [grid.round(decimals=4).tolist() for grid in grids]}
 
 
-def status_text(scores: dict, layout: TokenLayout) -> str:
-    """The status line's account of the last evaluation."""
-    text = f" · val {scores['val']:.3f}" if scores else ""
-    if "val_null" in scores:
-        text += f" (without condition {scores['val_null']:.3f})"
-    if scores and layout.scales:
-        each = ", ".join(f"{h}×{w} {scores[f'val_{h}']:.3f}" for h, w in layout.sizes)
-        text += f" ({each}; {scores['nats_per_picture']:.1f} nats/picture)"
-    return text
+def status_text(numbers: dict, layout: TokenLayout) -> str:
+    """The status line's account of the training loss and of the last evaluation, if there was one."""
+    text = f"train {numbers['train']:.3f} nats/token"
+    if "val" in numbers:
+        text += f" · val {numbers['val']:.3f}"
+    if "val_null" in numbers:
+        text += f" (without condition {numbers['val_null']:.3f})"
+    if "val" in numbers and layout.scales:
+        each = ", ".join(f"{h}×{w} {numbers[f'val_{h}']:.3f}" for h, w in layout.sizes)
+        text += f" ({each}; {numbers['nats_per_picture']:.1f} nats/picture)"
+    return f"{text} · lr {numbers['lr']:.1e}"
 
 
 def draw_samples(prior: Prior, validation: dict[str, np.ndarray], config: TrainConfig, path: Path):

@@ -236,23 +236,22 @@ def main(argv: list[str] | None = None) -> Path | None:
         return benchmark_training(last, config, device, "images", 1)
     log = Log(config, process, first_step, "images", config.batch_size,
               lambda step: data.name_batch(training, 1, config.batch_size, config.seed, step))
-    scores, picture_path = {}, None
+    scores = {}
     for step, due in run.steps(config, process, first_step):
         lr = run.set_learning_rate(optimizer, config, step)
         images = next(batches)  # (B, C, H, W)
         log.add(train_step(images, step, lr))
 
-        # means() raises if the run has diverged, before anything is drawn or saved.
+        # means() and check() raise if the run has diverged, before anything is drawn or saved.
         if due.log:
-            means = log.means()
+            numbers = log.means() | {"lr": lr}
             if due.evaluate:
                 scores, counts = evaluate(vq, perceptual, validation, config, process)
                 log.check(step, scores)
-                picture_path = config.folder / f"step-{step:06d}.png"
+                numbers |= scores
                 if rank == 0:
-                    draw(vq, validation, counts, config, picture_path)
-            log.line(step, f"{status_text(means, scores, config.codebook_size)} · lr {lr:.1e}",
-                     means | {"lr": lr} | (scores if due.evaluate else {}))
+                    draw(vq, validation, counts, config, log.picture(step))
+            log.line(step, status_text(scores | numbers, config.codebook_size), numbers)
         # Not after the last step: codes would move after they have been measured.
         if config.restart_every and step % config.restart_every == 0 and step < config.steps:
             restart_dead_codes(vq, optimizer, uses, images, process)
@@ -263,7 +262,7 @@ def main(argv: list[str] | None = None) -> Path | None:
                 "preparation": asdict(config.preparation), "trained_on": trained_on, "uses": uses,
                 "optimizer": optimizer.state_dict(), "adversary": adversary and adversary.state_dict()})
 
-    return log.finish(picture_path)
+    return log.finish()
 
 
 def load_inputs(dataset, order: Iterable, config: TrainConfig, channels: int,
@@ -295,7 +294,7 @@ def open_adversary(config: TrainConfig, channels: int, process: run.Process) -> 
                      start, ramp, process.world)
 
 
-def status_text(means: dict[str, float], scores: dict[str, float], codebook_size: int) -> str:
+def status_text(numbers: dict[str, float], codebook_size: int) -> str:
     """The status line's account of the losses that this run has by now, and of the last evaluation."""
     texts = {
         "l1": "train L1 {:.4f}", "cross_entropy": "train {:.4f} nats/pixel", "perceptual": " + LPIPS {:.4f}",
@@ -303,8 +302,7 @@ def status_text(means: dict[str, float], scores: dict[str, float], codebook_size
         "logits_real": ", logits real {:+.2f}", "logits_fake": " fake {:+.2f}", "val_l1": " · val L1 {:.4f}",
         "val_cross_entropy": " · val {:.4f} nats/pixel", "val_accuracy": ", {:.2%} of labels right",
         "val_lpips": " LPIPS {:.4f}", "codes_used": f" · {{}} of {codebook_size} codes in use",
-        "perplexity": ", perplexity {:.0f}"}
-    numbers = means | scores
+        "perplexity": ", perplexity {:.0f}", "lr": " · lr {:.1e}"}
     return "".join(text.format(numbers[name]) for name, text in texts.items() if name in numbers)
 
 

@@ -187,7 +187,7 @@ def test_a_line_repeats_its_numbers_and_evaluations_do_not_count_as_steps(tmp_pa
     first, second = capsys.readouterr().out.splitlines()
     assert second.startswith("step 5/9 · loss 2.5 · 1500 ms/step · 4 tokens/s · ") and "GiB" in second
     assert first.endswith("eta 5m09s") and second.endswith("eta 3m26s")  # which evaluations do lengthen
-    assert log.finish(None) == tmp_path / "checkpoint.pt"
+    assert log.finish() == tmp_path / "checkpoint.pt"
     assert capsys.readouterr().out.startswith("done in 3m26s · ")
 
 
