@@ -27,12 +27,11 @@ from vq import VQ, Palette, VQConfig
 
 
 class FirstStage:
-    """A frozen autoencoder or palette, the field of the data it codes, and how its pictures were prepared."""
+    """An autoencoder or palette, the field of the data it codes, and how its pictures were prepared."""
 
     def __init__(self, vq: VQ | Palette, field: str, preparation: data.Preparation, trained_on: dict):
         """`trained_on` names the data set, its folder and its digest; empty for the authors' files."""
-        self.vq = vq.eval().requires_grad_(False)
-        self.field, self.trained_on = field, trained_on
+        self.vq, self.field, self.trained_on = vq, field, trained_on
         segments = vq.config.image_channels if field == "segmentation" else 0
         self.preparation = replace(preparation, segments=segments)  # other labels are refused
         self.side = preparation.size // vq.config.downsampling  # h = w
@@ -47,7 +46,7 @@ class FirstStage:
         ValueError for another file, or a first stage of another field.
         """
         if taming.recognizes(path):
-            vq = VQ.from_taming(path)
+            vq = VQ.from_taming(path).eval().requires_grad_(False)
             stage = cls(vq, "image", data.Preparation(16 * vq.config.downsampling, upscale=True), {})
         else:
             stage = cls.from_state(load_checkpoint(path, "vq"))
@@ -80,6 +79,7 @@ class FirstStage:
         weights = state["model"]
         vq = Palette(weights["colours"]) if "colours" in weights else VQ(VQConfig(**state["model_config"]))
         vq.load_state_dict(weights)
+        vq.eval().requires_grad_(False)
         return cls(vq, state["target"], data.Preparation(**state["preparation"]), state["trained_on"])
 
     def to(self, device: torch.device) -> "FirstStage":

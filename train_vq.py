@@ -10,11 +10,10 @@
 Leaves checkpoint.pt, log.jsonl and pictures in --out: inputs above reconstructions, and the use of each code
 (bright: often, red: never). Ctrl-C saves; --resume goes on. files.py says which files are looked for.
 """
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, ima
                     score_images, score_masks)
 from outputs import (Log, announce, describe_data, picture_grid, save_checkpoint, save_picture,
                      set_random_state)
+from stages import FirstStage
 from vq import VQ, VQConfig
 
 
@@ -179,13 +179,12 @@ def main(argv: list[str] | None = None) -> Path | None:
                                      config.perceptual).to(device) if config.perceives else None)
     data.check_files(validation, rank, world, config.workers)
     trained_on = describe_data(config, training, checkpoint)
-    model_config = (VQConfig(**checkpoint["model_config"]) if checkpoint
-                    else config.model(input_channels(config, training, validation)))
-    channels = model_config.image_channels
+    channels = (checkpoint["model_config"]["image_channels"] if checkpoint
+                else input_channels(config, training, validation))
 
     # One forward pass of the autoencoder serves its own optimizer and the discriminator's.
-    vq = VQ(model_config, config.gradient_checkpointing, config.compile)
-    vq.to(device, memory_format=run.memory_format(device))
+    vq = VQ(config.model(channels), config.gradient_checkpointing, config.compile)
+    stage = FirstStage(vq, config.target, config.preparation, trained_on).to(device)
     model = DistributedDataParallel(vq) if world > 1 else vq
     optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2), fused=True)
     adversary = open_adversary(config, channels, process)
@@ -200,7 +199,7 @@ def main(argv: list[str] | None = None) -> Path | None:
             adversary.load_state_dict(checkpoint["adversary"], first_step)
         set_random_state(checkpoint["random"])
     elif not config.benchmark:
-        vectors = config.batch_size * (config.image_size // model_config.downsampling) ** 2  # a batch
+        vectors = config.batch_size * stage.side**2  # in a batch
         order = data.training_order(len(training), config.batch_size, config.seed)
         enough = itertools.islice(order, 16 * config.codebook_size // vectors + 1)  # 16 vectors a code
         initialize_codebook(vq, load_inputs(training, enough, config, channels, device), process)
@@ -225,15 +224,16 @@ def main(argv: list[str] | None = None) -> Path | None:
         uses.index_add_(0, codes.flatten(), torch.ones(codes.numel(), device=device))  # `bincount` would sync
         return parts | {"vq": quantization_loss}
 
-    S, side = config.image_size, config.image_size // model_config.downsampling
+    S, side = config.image_size, stage.side
     announce(f"first stage: {len(training):,} training and {len(validation):,} validation pictures "
              f"({config.target}) of {channels}×{S}×{S} → {side}×{side} of {config.codebook_size} codes · "
              f"{sum(x.numel() for x in vq.parameters()):,} parameters · {device} · {config.folder}")
     order = data.training_order(len(training), config.batch_size, config.seed, first_step, rank, world)
     batches = load_inputs(training, order, config, channels, device)
     if config.benchmark:  # with all losses, as in the last step
-        last = functools.partial(train_step, next(batches), config.steps, config.lr)
-        return benchmark_training(last, config, device, "images", 1)
+        images = next(batches)
+        return benchmark_training(lambda: train_step(images, config.steps, config.lr), config, device,
+                                  "images", 1)
     log = Log(config, process, first_step, "images", config.batch_size,
               lambda step: data.name_batch(training, 1, config.batch_size, config.seed, step))
     scores = {}
@@ -257,10 +257,9 @@ def main(argv: list[str] | None = None) -> Path | None:
             restart_dead_codes(vq, optimizer, uses, images, process)
         if due.save:
             process.total(uses)  # all processes resume with the same; only which are 0 matters
-            save_checkpoint(config, process, step, {
-                "model_config": asdict(model_config), "model": vq.state_dict(), "target": config.target,
-                "preparation": asdict(config.preparation), "trained_on": trained_on, "uses": uses,
-                "optimizer": optimizer.state_dict(), "adversary": adversary and adversary.state_dict()})
+            save_checkpoint(config, process, step, stage.state() | {
+                "optimizer": optimizer.state_dict(), "uses": uses,
+                "adversary": adversary and adversary.state_dict()})
 
     return log.finish()
 
