@@ -285,7 +285,7 @@ def input_channels(config: TrainConfig, training, validation) -> int:
 def open_adversary(config: TrainConfig, channels: int, process: run.Process) -> Adversary | None:
     if not config.adversarial:
         return None
-    with torch.random.fork_rng(devices=[]):  # the autoencoder has the same initial weights as without
+    with torch.random.fork_rng(devices=[]):  # so that the codebook's k-means draws the same as without
         network = PatchDiscriminator(channels, layers=config.discriminator_layers)
     start, ramp = (round(value if value >= 1 else value * config.steps)
                    for value in (config.discriminator_start, config.discriminator_ramp))
@@ -334,9 +334,9 @@ def draw(vq: VQ, validation, counts: Tensor, config: TrainConfig, path: Path):
     columns = min(8, len(validation))
     order = data.fixed_order(columns * min(2, len(validation) // columns), 16)  # one row or two
     images = next(load_inputs(validation, order, config, vq.config.image_channels, counts.device))
-    pairs = torch.stack([data.as_pictures(x, config.target) for x in (images, vq.decode(vq.encode(images)))])
-    pairs = pairs.unflatten(1, (-1, columns)).transpose(0, 1)  # (2, N, C, H, W) → (rows, 2, columns, C, H, W)
-    save_picture(picture_grid(pairs.flatten(0, 2), columns), path)
+    rows = zip(images.split(columns), vq.decode(vq.encode(images)).split(columns))
+    pictures = data.as_pictures(torch.cat([torch.cat(pair) for pair in rows]), config.target)
+    save_picture(picture_grid(pictures, columns), path)
     use = picture_grid(use_colours(counts), math.ceil(math.sqrt(len(counts))), side=12)
     save_picture(use, path.with_name(f"{path.stem}-codes.png"))
 
