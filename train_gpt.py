@@ -28,14 +28,14 @@ import train_vq
 from benchmark import benchmark_training, random_codes
 from cache import encode_pictures
 from codebook import entropy
+from files import FIELDS
 from gpt import GPT, GPTConfig
 from orderings import ORDERINGS, TokenLayout
 from outputs import Log, announce, picture_grid, save_checkpoint, save_picture, set_random_state
 from stages import FirstStage, Prior, Sampling, Stages, stages_from_state
 from vq import VQ
 
-CONDITIONS = ("none", "class", "segmentation", "depth", "pose")
-MAPS = CONDITIONS[2:]  # with a first stage of their own
+MAPS = FIELDS[1:]  # conditions with a first stage of their own: segmentation, depth and pose
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class TrainConfig:
         run.check_training(self)
         run.check_choice("data", self.data, data.DATASETS)
         run.check_choice("order", self.order, ORDERINGS)
-        run.check_choice("condition", self.condition, CONDITIONS)
+        run.check_choice("condition", self.condition, ("none", "class", *MAPS))
         run.check_at_least(self, 1, "views")
         run.check_at_least(self, 0, "weight_decay", "clip")
         if not 0 <= self.condition_dropout < 1:
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         run.load_optimizer(optimizer, checkpoint["optimizer"])
         set_random_state(checkpoint["random"])
 
-    def train_step(index: list[int]) -> Tensor:
+    def train_step(index: list[int]) -> dict[str, Tensor]:
         tokens = prior.tokens(training, index, config.condition_dropout)  # (B, P + T)
         with run.autocast(device):
             loss = layout.loss(model(tokens[:, :-1]), tokens).mean()
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         if config.clip:
             nn.utils.clip_grad_norm_(gpt.parameters(), config.clip)
         optimizer.step()
-        return loss
+        return {"train": loss}
 
     describe(config, prior, training, validation, device)
     if config.benchmark:
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     scores = {}
     for step, due in run.steps(config, process, first_step):
         lr = run.set_learning_rate(optimizer, config, step)
-        log.add({"train": train_step([index for index, _ in next(order)])})
+        log.add(train_step([index for index, _ in next(order)]))
 
         # means() and check() raise if the run has diverged, before it is sampled from or saved.
         if due.log:
