@@ -15,22 +15,20 @@ URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
 
-def read_cifar10(directory: Path, split: str) -> tuple[list[Path], ndarray, ndarray]:
-    """The files of a split, labels (N,) uint8 and pictures (N, 3, 32, 32) uint8; N is 50,000 or 10,000.
+def read_cifar10(directory: Path, split: str) -> ndarray:
+    """The records of a split, (N, 1 + 3·32·32) uint8: a label and its picture; N is 50,000 or 10,000.
 
     Raises FileNotFoundError or ValueError if they are not there, and cannot be fetched, or are damaged.
     """
-    folder = find_folder(directory)
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-    files = [folder / name for name in names]
-    for file in files:
+    folder, parts = find_folder(directory), []
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]:
+        file = folder / name
         size = file.stat().st_size if file.is_file() else 0
         if size != 10_000 * 3073:
             raise ValueError(f"{show(file)} has {size:,} bytes instead of 30,730,000: "
                              "fetch the archive again")
-    values = np.concatenate([np.fromfile(file, np.uint8) for file in files])
-    labels, images = np.split(values.reshape(-1, 3073), [1], axis=1)  # (N, 1), (N, 3·32·32)
-    return files, labels[:, 0], images.reshape(-1, 3, 32, 32)
+        parts.append(np.fromfile(file, np.uint8).reshape(10_000, 3073))
+    return np.concatenate(parts)
 
 
 def find_folder(directory: Path) -> Path:

@@ -3,9 +3,9 @@
 `dataset[index, key]` is a dict of the fields that a data set was opened for: image and pose (3, S, S) uint8,
 segmentation (S, S) uint8, 255 where a pixel has no label, depth (S, S) float32 in [−1, 1], class int64. It
 has `len()`, `classes` (names, if "class" was asked for), `segments()` (labels of the masks), `fingerprint()`
-(of all that the arrays depend on) and `digest()` (of names and sizes of files). Training batch number n is a
-pure function of the seed and n, whatever the number of worker processes and interruptions. In training an
-unreadable file is reported ("unreadable" in the dict) and replaced by the next picture; in validation it
+(of all that the arrays depend on) and `digest()` (of the files, in whatever folder). Training batch number n
+is a pure function of the seed and n, whatever the number of worker processes and interruptions. In training
+an unreadable file is reported ("unreadable" in the dict) and replaced by the next picture; in validation it
 ends the run.
 
 Symbols: B batch, C channels, H×W pixels, N pictures, S = size.
@@ -93,8 +93,8 @@ class Cifar10:
     def __init__(self, split: str, directory: Path, preparation: Preparation):
         if preparation.size != 32:
             raise ValueError(f"CIFAR-10 has pictures of 32×32; image_size is {preparation.size}")
-        files, self.labels, self.images = cifar10.read_cifar10(directory, split)
-        self.directory, self.records = files[0].parent, [{"image": file} for file in files]
+        self.values = cifar10.read_cifar10(directory, split)  # (N, 3073)
+        self.labels, self.images = self.values[:, 0], self.values[:, 1:].reshape(-1, 3, 32, 32)
         self.fields, self.flip = preparation.fields, preparation.flip and split == "train"
         self.classes = cifar10.CLASSES if "class" in self.fields else ()
 
@@ -110,10 +110,10 @@ class Cifar10:
         return {field: known[field] for field in self.fields}
 
     def fingerprint(self) -> str:
-        return f"cifar10 {self.flip} {self.fields} {files_digest(self.directory, self.records, times=True)}"
+        return f"cifar10 {self.flip} {self.fields} {self.digest()}"
 
     def digest(self) -> str:
-        return files_digest(self.directory, self.records, times=False)
+        return hashlib.sha256(self.values).hexdigest()
 
 
 class Files:
@@ -174,26 +174,22 @@ class Files:
 
     def fingerprint(self) -> str:
         return (f"{self.layout} {self.train} {self.preparation} {READER_VERSION} {self.directory.resolve()} "
-                f"{files_digest(self.directory, self.records, times=True)}")
+                f"{self.digest(times=True)}")
 
-    def digest(self) -> str:
-        return files_digest(self.directory, self.records, times=False)
-
-
-def files_digest(directory: Path, records: list[Record], times: bool) -> str:
-    """SHA-256 of the files' names below a folder and their sizes; `times`: and when they were modified."""
-    digest = hashlib.sha256()
-    for value in (value for record in records for value in record.values()):
-        if isinstance(value, Path):
-            try:
-                status = value.stat()
-            except OSError as error:  # a link to nothing, or a name in a list only
-                raise FileNotFoundError(f"{show(value)} cannot be read ({error.strerror}): remove or replace "
-                                        "it") from None
-            name = os.fsencode(value).removeprefix(os.fsencode(directory)).lstrip(b"/")
-            value = (name, status.st_size, status.st_mtime_ns if times else 0)
-        digest.update(repr(value.tolist() if isinstance(value, ndarray) else value).encode())
-    return digest.hexdigest()
+    def digest(self, times: bool = False) -> str:
+        """SHA-256 of the files' names below the folder and their sizes; `times`: and when they changed."""
+        digest = hashlib.sha256()
+        for value in (value for record in self.records for value in record.values()):
+            if isinstance(value, Path):
+                try:
+                    status = value.stat()
+                except OSError as error:  # a link to nothing, or a name in a list only
+                    raise FileNotFoundError(f"{show(value)} cannot be read ({error.strerror}): remove or "
+                                            "replace it") from None
+                name = os.fsencode(value).removeprefix(os.fsencode(self.directory)).lstrip(b"/")
+                value = (name, status.st_size, status.st_mtime_ns if times else 0)
+            digest.update(repr(value.tolist() if isinstance(value, ndarray) else value).encode())
+        return digest.hexdigest()
 
 
 def prepare(record: Record, preparation: Preparation, random: np.random.Generator | None,
