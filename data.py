@@ -124,7 +124,8 @@ class Files:
             raise FileNotFoundError(f"{show(directory)} is no folder; name yours with --data-dir")
         self.layout, self.directory, self.train = layout, directory, split == "train"
         self.preparation = preparation
-        self.records, classes = LAYOUTS[layout](directory, split, preparation.fields)
+        records, classes = LAYOUTS[layout](directory, split, preparation.fields)
+        self.records = list(records.values())
         self.classes = classes if "class" in preparation.fields else ()
         if not self.records:
             raise FileNotFoundError(f"{show(directory)} has no {split} pictures; without val/ one in "

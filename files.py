@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from scenes import draw_keypoints
 
 Record = dict[str, Path | ndarray | int]
-Listing = tuple[list[Record], tuple[str, ...]]  # the records of a split, and the names of the classes
+Listing = tuple[dict[Path, Record], tuple[str, ...]]  # a split's records by name, and the classes' names
 READER_VERSION = 2  # raise it when anything here changes what a file becomes: cached codes are then made anew
 
 FIELDS = ("image", "segmentation", "depth", "pose")
@@ -91,20 +91,21 @@ def subfolders(folder: Path) -> list[Path]:
     return [path for path in paths if path.is_dir() and not path.name.startswith(".")]
 
 
-def pair_by_stem(folders: dict[str, Path]) -> list[Record]:
+def pair_by_stem(folders: dict[str, Path]) -> dict[Path, Record]:
     """A record for each file below the first folder, with the files in the others that differ in suffix only.
 
     Raises FileNotFoundError or ValueError if a folder is missing or empty, a file alone or doubled.
     """
-    files = {field: {} for field in folders}  # field → name below its folder → file
+    files = {field: {} for field in folders}  # field → path below its folder, without suffix → with it
     for field, folder in folders.items():
         if not folder.is_dir():
             raise FileNotFoundError(f"{show(folder)} is no folder; {field} files are expected there")
         for path in list_files(folder, field):
             name = path.relative_to(folder)
-            other = files[field].setdefault(name.with_suffix("") if len(folders) > 1 else name, path)
-            if other != path:
-                raise ValueError(f"{show(other)} and {show(path.name)} belong to one picture: remove one")
+            other = files[field].setdefault(name.with_suffix("") if len(folders) > 1 else name, name)
+            if other != name:
+                raise ValueError(f"{show(folder / other)} and {show(name.name)} belong to one picture: "
+                                 "remove one")
     (first, names), *others = files.items()
     if not names:
         raise FileNotFoundError(f"{show(folders[first])} has no pictures ({' '.join(SUFFIXES[first])}); "
@@ -116,20 +117,19 @@ def pair_by_stem(folders: dict[str, Path]) -> list[Record]:
             raise FileNotFoundError(
                 f"{show(folders[there] / alone[0])} ({there}) has no partner in {show(folders[missing])} "
                 f"({missing}); {len(alone)} files are alone: add what is missing, or remove them")
-    return [{field: files[field][name] for field in folders} for name in names]
+    return {name: {field: folder / files[field][stem] for field, folder in folders.items()}
+            for stem, name in names.items()}
 
 
-def label_classes(records: list[Record], folders: dict[str, Path], classes: tuple[str, ...]):
+def label_classes(records: dict[Path, Record], classes: tuple[str, ...]):
     """Give each record the index of its class folder, the first on the way to its file."""
-    field, root = next(iter(folders.items()))
     labels = {name: label for label, name in enumerate(classes)}
-    for record in records:
-        name = record[field].relative_to(root).parts[0]
-        if name not in labels:
-            some = ", ".join(map(show, classes[:3])) or "there is none"
-            raise FileNotFoundError(f"{show(record[field])} is in no class folder of training ({some}, …): "
-                                    "sort all pictures into a folder for each class, alike in each split")
-        record["class"] = labels[name]
+    for name, record in records.items():
+        if name.parts[0] not in labels:
+            file, some = next(iter(record.values())), ", ".join(map(show, classes[:3])) or "there is none"
+            raise FileNotFoundError(f"{show(file)} is in no class folder of training ({some}, …): sort all "
+                                    "pictures into a folder for each class, alike in each split")
+        record["class"] = labels[name.parts[0]]
 
 
 def any_folder(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
@@ -139,18 +139,17 @@ def any_folder(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
     if len(validation) > 1 or "train" not in there and SPLIT_FOLDERS & set(there):
         raise unclear(directory)
     train, validation = there.get("train", directory), (validation or [there.get("test")])[0]
-    folders = field_folders(validation if split == "val" and validation else train, fields)
-    (field, root), records, classes = next(iter(folders.items())), pair_by_stem(folders), ()
+    records = pair_by_stem(field_folders(validation if split == "val" and validation else train, fields))
+    classes = ()
     if "class" in fields:
-        places = subfolders(field_folders(train, fields)[field])
-        classes = tuple(place.name for place in places if list_files(place, field))
-        label_classes(records, folders, classes)
-    if validation:
-        return records, classes
-    hashes = [path_hash(record[field].relative_to(root)) for record in records]
-    kept = [value % VALIDATION_SHARE == 0 for value in hashes]
-    kept = kept if any(kept) else [value == min(hashes) for value in hashes]  # at least one
-    return [record for record, validates in zip(records, kept) if validates == (split == "val")], classes
+        field, place = next(iter(field_folders(train, fields).items()))
+        classes = tuple(path.name for path in subfolders(place) if list_files(path, field))
+        label_classes(records, classes)
+    if not validation:  # some are kept, at least one
+        kept = {name for name in records if path_hash(name) % VALIDATION_SHARE == 0}
+        kept = kept or {min(records, key=path_hash)}
+        records = {name: record for name, record in records.items() if (name in kept) == (split == "val")}
+    return records, classes
 
 
 def field_folders(root: Path, fields: tuple[str, ...]) -> dict[str, Path]:
@@ -189,7 +188,7 @@ def imagenet(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
     folders = {field: directory / ("" if field == "image" else field) / split for field in asked}
     records = pair_by_stem(folders)
     classes = tuple(path.name for path in subfolders(directory / "train"))
-    label_classes(records, folders, classes)
+    label_classes(records, classes)
     return records, classes
 
 
@@ -201,8 +200,8 @@ def restricted_imagenet(directory: Path, split: str, fields: tuple[str, ...]) ->
                                 "restricted-imagenet counts through all 1,000, of which some may be empty")
     group = {label: i for i, (first, last) in enumerate(RESTRICTED.values())
              for label in range(first, last + 1)}
-    return [record | {"class": group[record["class"]]} for record in records
-            if record["class"] in group], tuple(RESTRICTED)
+    return {name: record | {"class": group[record["class"]]} for name, record in records.items()
+            if record["class"] in group}, tuple(RESTRICTED)
 
 
 def ade20k(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
@@ -221,7 +220,7 @@ def deepfashion(directory: Path, split: str, fields: tuple[str, ...]) -> Listing
         name = names[1] if landmarks else names[0]
         raise FileNotFoundError(f"{show(directory)} has no {name}, nor that without {Path(name).parent}/; "
                                 "name the folder of DeepFashion's in-shop benchmark")
-    validates, records, line = {}, [], [""]
+    validates, records, line = {}, {}, [""]
     try:
         for line in read_list(partition) if partition else []:
             validates[line[0]] = {"train": False, "query": True, "gallery": True}[line[-1]]
@@ -231,7 +230,7 @@ def deepfashion(directory: Path, split: str, fields: tuple[str, ...]) -> Listing
             points = np.zeros((8, 3), np.float32)  # x, y, and 0 where one is cut off or not on such clothes
             points[list(LANDMARKS[clothes])] = np.stack([x, y, state < 2], axis=1)
             if (split == "val") == validates.get(name, path_hash(Path(name)) % VALIDATION_SHARE == 0):
-                records.append({"image": images.parent / name, "pose": points})
+                records[Path(name)] = {"image": images.parent / name, "pose": points}
     except (KeyError, ValueError):
         raise ValueError(f"the lists in {show(directory)} have a line for {show(line[0])} that is not like "
                          "the official ones: fetch them again") from None
