@@ -139,9 +139,9 @@ class Files:
     def __getitem__(self, item: tuple[int, Key]) -> dict[str, ndarray]:
         """In training also "unreadable", if the next picture had to stand in: {index: sentence}."""
         index, key = item
+        random = augmentation_rng(key, index) if self.train and key is not None else None
         unreadable = {}
-        for i in range(index, index + min(len(self), self.tolerated + 1)):
-            random = augmentation_rng(key, index) if self.train and key is not None else None
+        for i in range(index, index + self.tolerated + 1):
             try:
                 fields = prepare(self.records[i % len(self)], self.preparation, random)
                 return fields | ({"unreadable": unreadable} if unreadable else {})
@@ -213,7 +213,7 @@ def prepare(record: Record, preparation: Preparation, random: np.random.Generato
             raise ValueError(f"{show(record[field])} has {picture.width}×{picture.height} pixels but {name} "
                              f"{width}×{height}: both must show the same, upright, at any resolution")
     scale = max(W / width, H / height)
-    width, height = max(W, round(width * scale)), max(H, round(height * scale))
+    width, height = round(width * scale), round(height * scale)
     left, top, mirrored = (width - W) // 2, (height - H) // 2, False
     if random:
         left, top = random.integers(width - W + 1), random.integers(height - H + 1)
