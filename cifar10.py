@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from files import show
 from outputs import replacing, writing
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -25,8 +24,7 @@ def read_cifar10(directory: Path, split: str) -> ndarray:
         file = folder / name
         size = file.stat().st_size if file.is_file() else 0
         if size != 10_000 * 3073:
-            raise ValueError(f"{show(file)} has {size:,} bytes instead of 30,730,000: "
-                             "fetch the archive again")
+            raise ValueError(f"{file} has {size:,} bytes instead of 30,730,000: fetch the archive again")
         parts.append(np.fromfile(file, np.uint8).reshape(10_000, 3073))
     return np.concatenate(parts)
 
@@ -44,8 +42,7 @@ def find_folder(directory: Path) -> Path:
             urllib.request.urlretrieve(URL, part)
     digest = hashlib.md5(archive.read_bytes()).hexdigest()
     if digest != MD5:
-        raise ValueError(f"{show(archive)} has the md5 sum {digest} instead of {MD5}: "
-                         "remove it to fetch it again")
+        raise ValueError(f"{archive} has the md5 sum {digest} instead of {MD5}: remove it to fetch it again")
     advice = "make room, and remove the unfinished folder"
     with writing(directory / name, advice), tarfile.open(archive) as tar:
         tar.extractall(directory, filter="data")

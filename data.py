@@ -32,7 +32,7 @@ import cifar10
 import run
 import scenes
 from files import (ADE20K_SEGMENTS, FIELDS, LAYOUTS, NO_LABEL, READER_VERSION, VALIDATION_SHARE, Preparation,
-                   Record, UnreadableError, open_field, show)
+                   Record, UnreadableError, open_field)
 from scenes import draw_keypoints
 
 OFFERED = {"scenes": (*FIELDS, "class"), "cifar10": ("image", "class"), "folder": (*FIELDS, "class"),
@@ -121,14 +121,14 @@ class Files:
 
     def __init__(self, layout: str, split: str, directory: Path, preparation: Preparation):
         if not directory.is_dir():
-            raise FileNotFoundError(f"{show(directory)} is no folder; name yours with --data-dir")
+            raise FileNotFoundError(f"{directory} is no folder; name yours with --data-dir")
         self.layout, self.directory, self.train = layout, directory, split == "train"
         self.preparation = preparation
         records, classes = LAYOUTS[layout](directory, split, preparation.fields)
         self.records = list(records.values())
         self.classes = classes if "class" in preparation.fields else ()
         if not self.records:
-            raise FileNotFoundError(f"{show(directory)} has no {split} pictures; without val/ one in "
+            raise FileNotFoundError(f"{directory} has no {split} pictures; without val/ one in "
                                     f"{VALIDATION_SHARE} is for validation: put more there")
         self.unreadable = set()  # indices of those that this process has named
         self.tolerated = max(5, len(self.records) // 100)
@@ -185,8 +185,8 @@ class Files:
                 try:
                     status = value.stat()
                 except OSError as error:  # a link to nothing, or a name in a list only
-                    raise FileNotFoundError(f"{show(value)} cannot be read ({error.strerror}): remove or "
-                                            "replace it") from None
+                    raise FileNotFoundError(f"{value} cannot be read ({error.strerror}): remove or replace "
+                                            "it") from None
                 name = os.fsencode(value).removeprefix(os.fsencode(self.directory)).lstrip(b"/")
                 value = (name, status.st_size, status.st_mtime_ns if times else 0)
             digest.update(repr(value.tolist() if isinstance(value, ndarray) else value).encode())
@@ -203,14 +203,14 @@ def prepare(record: Record, preparation: Preparation, random: np.random.Generato
     pictures = {field: open_field(field, record, preparation) for field in fields}
     (width, height), size = pictures[fields[0]].size, preparation.size
     H, W = shape or (size, size)
-    name = show(record.get("image", record[fields[0]]))
+    name = record.get("image", record[fields[0]])
     if min(width, height) < size and not preparation.upscale:
         raise ValueError(f"{name} has {width}×{height} pixels, too few for an image_size of {size}: remove "
                          "it, or train the first stage with --upscale or a lower --image-size")
     for field, picture in pictures.items():
         pixel = 1 / min(width, height, *picture.size)  # rounding error of a small picture's sides
         if abs(width / height * picture.height / picture.width - 1) > 0.02 + pixel:
-            raise ValueError(f"{show(record[field])} has {picture.width}×{picture.height} pixels but {name} "
+            raise ValueError(f"{record[field]} has {picture.width}×{picture.height} pixels but {name} "
                              f"{width}×{height}: both must show the same, upright, at any resolution")
     scale = max(W / width, H / height)
     width, height = round(width * scale), round(height * scale)
@@ -280,7 +280,7 @@ def name_batch(dataset, views: int, batch_size: int, seed: int, step: int) -> st
     if not isinstance(dataset, Files):
         return f"the pictures number {', '.join(map(str, index))}"
     files = [next(iter(dataset.records[i].values())).relative_to(dataset.directory) for i in index]
-    return ", ".join(map(show, files))
+    return ", ".join(map(str, files))
 
 
 def fixed_order(count: int, batch_size: int, key: Key = None, rank: int = 0,

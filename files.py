@@ -62,11 +62,6 @@ class UnreadableError(ValueError):
     """A file that is damaged, or no picture or array at all: in training another one can stand in for it."""
 
 
-def show(name: Path | str | Exception) -> str:
-    """A name in an error message of one line: newlines and bytes that are no UTF-8 are replaced."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(name))
-
-
 def list_files(folder: Path, field: str) -> list[Path]:
     """The files of a field anywhere below a folder, sorted. Links are followed, no folder is listed twice."""
     files, visited = [], set()
@@ -82,7 +77,7 @@ def list_files(folder: Path, field: str) -> list[Path]:
 
 
 def refuse_unreadable(error: OSError):
-    raise FileNotFoundError(f"{show(error.filename)} cannot be listed ({error.strerror})")
+    raise FileNotFoundError(f"{error.filename} cannot be listed ({error.strerror})")
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -99,23 +94,22 @@ def pair_by_stem(folders: dict[str, Path]) -> dict[Path, Record]:
     files = {field: {} for field in folders}  # field → path below its folder, without suffix → with it
     for field, folder in folders.items():
         if not folder.is_dir():
-            raise FileNotFoundError(f"{show(folder)} is no folder; {field} files are expected there")
+            raise FileNotFoundError(f"{folder} is no folder; {field} files are expected there")
         for path in list_files(folder, field):
             name = path.relative_to(folder)
             other = files[field].setdefault(name.with_suffix("") if len(folders) > 1 else name, name)
             if other != name:
-                raise ValueError(f"{show(folder / other)} and {show(name.name)} belong to one picture: "
-                                 "remove one")
+                raise ValueError(f"{folder / other} and {name.name} belong to one picture: remove one")
     (first, names), *others = files.items()
     if not names:
-        raise FileNotFoundError(f"{show(folders[first])} has no pictures ({' '.join(SUFFIXES[first])}); "
+        raise FileNotFoundError(f"{folders[first]} has no pictures ({' '.join(SUFFIXES[first])}); "
                                 "put some there, or name another --data-dir")
     for field, partners in others:
         alone = sorted(set(names) ^ set(partners))
         if alone:
             there, missing = (first, field) if alone[0] in names else (field, first)
             raise FileNotFoundError(
-                f"{show(folders[there] / alone[0])} ({there}) has no partner in {show(folders[missing])} "
+                f"{folders[there] / alone[0]} ({there}) has no partner in {folders[missing]} "
                 f"({missing}); {len(alone)} files are alone: add what is missing, or remove them")
     return {name: {field: folder / files[field][stem] for field, folder in folders.items()}
             for stem, name in names.items()}
@@ -126,8 +120,8 @@ def label_classes(records: dict[Path, Record], classes: tuple[str, ...]):
     labels = {name: label for label, name in enumerate(classes)}
     for name, record in records.items():
         if name.parts[0] not in labels:
-            file, some = next(iter(record.values())), ", ".join(map(show, classes[:3])) or "there is none"
-            raise FileNotFoundError(f"{show(file)} is in no class folder of training ({some}, …): sort all "
+            file, some = next(iter(record.values())), ", ".join(classes[:3]) or "there is none"
+            raise FileNotFoundError(f"{file} is in no class folder of training ({some}, …): sort all "
                                     "pictures into a folder for each class, alike in each split")
         record["class"] = labels[name.parts[0]]
 
@@ -171,8 +165,8 @@ def field_folders(root: Path, fields: tuple[str, ...]) -> dict[str, Path]:
 
 
 def unclear(folder: Path) -> ValueError:
-    names = ", ".join(show(path.name) for path in subfolders(folder))
-    return ValueError(f"{show(folder)} has the folders {names}: which hold pictures, and which validation, "
+    names = ", ".join(path.name for path in subfolders(folder))
+    return ValueError(f"{folder} has the folders {names}: which hold pictures, and which validation, "
                       "cannot be told; expected are train/ and val/ or neither, each with pictures, or "
                       "images/ beside segmentation/, depth/ or pose/ (for ADE20K: --data ade20k)")
 
@@ -196,7 +190,7 @@ def restricted_imagenet(directory: Path, split: str, fields: tuple[str, ...]) ->
     """Nine groups of similar classes; 0 to 8 in the order of `RESTRICTED`. Other classes are left out."""
     records, classes = imagenet(directory, split, fields)
     if len(classes) != 1000:
-        raise FileNotFoundError(f"{show(directory / 'train')} has {len(classes)} class folders; "
+        raise FileNotFoundError(f"{directory / 'train'} has {len(classes)} class folders; "
                                 "restricted-imagenet counts through all 1,000, of which some may be empty")
     group = {label: i for i, (first, last) in enumerate(RESTRICTED.values())
              for label in range(first, last + 1)}
@@ -218,7 +212,7 @@ def deepfashion(directory: Path, split: str, fields: tuple[str, ...]) -> Listing
     landmarks, images, partition = (next(filter(Path.exists, place), None) for place in places)
     if not landmarks or not images:
         name = names[1] if landmarks else names[0]
-        raise FileNotFoundError(f"{show(directory)} has no {name}, nor that without {Path(name).parent}/; "
+        raise FileNotFoundError(f"{directory} has no {name}, nor that without {Path(name).parent}/; "
                                 "name the folder of DeepFashion's in-shop benchmark")
     validates, records, line = {}, {}, [""]
     try:
@@ -232,7 +226,7 @@ def deepfashion(directory: Path, split: str, fields: tuple[str, ...]) -> Listing
             if (split == "val") == validates.get(name, path_hash(Path(name)) % VALIDATION_SHARE == 0):
                 records[Path(name)] = {"image": images.parent / name, "pose": points}
     except (KeyError, ValueError):
-        raise ValueError(f"the lists in {show(directory)} have a line for {show(line[0])} that is not like "
+        raise ValueError(f"the lists in {directory} have a line for {line[0]} that is not like "
                          "the official ones: fetch them again") from None
     return records, ()
 
@@ -256,8 +250,7 @@ def open_image(path: Path, size: int = 0) -> Image.Image:
                 file.draft("RGB", (2 * size, 2 * size))
             return ImageOps.exif_transpose(file)
     except Exception as error:  # damaged bytes can raise anything
-        raise UnreadableError(f"{show(path)} cannot be read as a picture ({show(error)}): "
-                              "remove or replace it") from None
+        raise UnreadableError(f"{path} cannot be read as a picture ({error}): remove or replace it") from None
 
 
 def open_rgb(path: Path, size: int) -> Image.Image:
@@ -277,14 +270,14 @@ def open_labels(path: Path, void_label: int = NO_LABEL, segments: int = 0) -> Im
     """A mask, grey or palette, as mode L: the pixels' labels, below `segments` (0: any), or 255 for none."""
     picture = open_image(path)
     if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
-        raise ValueError(f"{show(path)} is a picture in colours ({picture.mode}); a mask has one channel, "
+        raise ValueError(f"{path} is a picture in colours ({picture.mode}); a mask has one channel, "
                          "with labels: save it as 8-bit grey or with a palette")
     labels = np.array(picture).astype(np.int64)  # of a palette the index
     labels[labels == void_label] = NO_LABEL
     limit = segments or NO_LABEL
     wrong = labels[(labels != NO_LABEL) & ((labels < 0) | (labels >= limit))]
     if wrong.size:
-        raise ValueError(f"{show(path)} has the label {wrong[0]}, but labels go from 0 to {limit - 1} (255: "
+        raise ValueError(f"{path} has the label {wrong[0]}, but labels go from 0 to {limit - 1} (255: "
                          "none): correct it, raise --segments, or declare it void by --void-label")
     return Image.fromarray(labels.astype(np.uint8))
 
@@ -296,9 +289,9 @@ def open_depth(path: Path) -> Image.Image:
         picture = picture.convert("RGB")
     depth = np.squeeze(np.asarray(picture)).astype(np.float64)  # float32 would round large numbers
     if depth.ndim != 2 or not depth.size:
-        raise ValueError(f"{show(path)} has the shape {depth.shape}; a depth map has one channel, (H, W)")
+        raise ValueError(f"{path} has the shape {depth.shape}; a depth map has one channel, (H, W)")
     if not np.isfinite(depth).all():
-        raise ValueError(f"{show(path)} has depths that are infinite or not a number: remove or replace it")
+        raise ValueError(f"{path} has depths that are infinite or not a number: remove or replace it")
     low, high = depth.min(), depth.max()
     depth = (depth - low) / (high - low) * 2 - 1 if high > low else np.zeros_like(depth)
     return Image.fromarray(depth.astype(np.float32))
@@ -313,8 +306,7 @@ def open_array(path: Path) -> ndarray:
             raise ValueError(f"of {array.dtype}, not of numbers")
         return array
     except Exception as error:  # damaged bytes can raise anything
-        raise UnreadableError(f"{show(path)} cannot be read as an array ({show(error)}): "
-                              "remove or replace it") from None
+        raise UnreadableError(f"{path} cannot be read as an array ({error}): remove or replace it") from None
 
 
 def open_pose(pose: Path | ndarray, image: Path | None, size: int) -> Image.Image:
@@ -327,13 +319,13 @@ def open_pose(pose: Path | ndarray, image: Path | None, size: int) -> Image.Imag
         return open_rgb(pose, size=0)
     points = open_array(pose) if isinstance(pose, Path) else pose
     if points.ndim != 2 or points.shape[1] not in (2, 3):
-        raise ValueError(f"{show(pose)} has the shape {points.shape}; key points are (J, 2), x and y in "
+        raise ValueError(f"{pose} has the shape {points.shape}; key points are (J, 2), x and y in "
                          "pixels of the image, or (J, 3) with 0 in the last column where one is unknown")
     if image:
         return draw_keypoints(points, open_image(image).size)
     largest = np.nanmax(points[:, :2], initial=0)
     if largest > size:
-        raise ValueError(f"{show(pose)} has key points up to {largest:.0f}; without an image they are pixels "
+        raise ValueError(f"{pose} has key points up to {largest:.0f}; without an image they are pixels "
                          f"of a picture of {size}×{size}: scale them to that")
     # Drawn at four times the size, so that the resize smooths the edges.
     return draw_keypoints(points * np.array([4, 4, 1])[:points.shape[1]], (4 * size, 4 * size))

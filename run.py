@@ -298,7 +298,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 1, f"{error.filename or 'the output'} could not be written ({error.strerror}): make room"
     if isinstance(error, (ValueError, OSError)):
         # An error in a worker process arrives with that process's traceback in front of the sentence.
-        return 1, re.sub(r"^[\w.]+Error: ", "", text.rpartition("\n")[2]) or kind
+        return 1, re.split(r"(?m)^[\w.]+Error: ", text)[-1] or kind
     reason = text.partition("\n")[0]
     if torch.distributed.is_initialized() and (  # gloo's errors have no type of their own
             isinstance(error, torch.distributed.DistError) or re.search("(?i)gloo|peer", text)):
@@ -323,7 +323,9 @@ def command_line(main: Callable[[], None]):
     if message and (first or status != 130):
         if not first:
             time.sleep(3)  # rank 0 reports a mistake that all ranks make; torchrun then ends the others
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+        # A file's name in it may hold newlines, and bytes that are no UTF-8.
+        line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message)
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
     if torch.distributed.is_initialized():
         if status == 0:
             torch.distributed.destroy_process_group()  # after an error it could wait for the others

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import files
+import run
+from data import fixed_order, load
 from files import open_depth, open_labels, open_pose, open_rgb, path_hash
 from picture_files import ORANGE, names, noise, opened, save, write
 from scenes import draw_keypoints
@@ -118,7 +121,7 @@ def test_a_link_to_nothing_is_named(tmp_path):
         opened(tmp_path).digest()
 
 
-def test_any_file_name_can_be_listed_hashed_and_named_in_one_line(tmp_path):
+def test_any_file_name_can_be_listed_hashed_and_named_in_one_line(tmp_path, capsys):
     """Names of bytes that are no UTF-8, and of two lines."""
     for name in (b"caf\xe9", b"two\nlines"):
         place = os.path.join(os.fsencode(tmp_path), name)
@@ -128,10 +131,12 @@ def test_any_file_name_can_be_listed_hashed_and_named_in_one_line(tmp_path):
         (folder / "val" / os.fsdecode(name + b".png")).write_bytes(b"no picture")
         dataset = opened(folder)
         assert len(dataset.fingerprint()) > 64 and len(dataset.digest()) == 64
-        for fails in (lambda: dataset[0, None], lambda: opened(folder, "depth")):
-            with pytest.raises((ValueError, FileNotFoundError)) as error:
-                fails()
-            assert "\n" not in str(error.value) and str(error.value).encode()
+        for fails in (lambda: dataset[0, None], lambda: opened(folder, "depth"),
+                      lambda: list(load(dataset, fixed_order(1, 1), torch.device("cpu"), 1))):
+            with pytest.raises(SystemExit):
+                run.command_line(fails)
+            line = capsys.readouterr().err
+            assert line.count("\n") == 1 and line.encode() and str(tmp_path) in line
 
 
 # Folders: classes
