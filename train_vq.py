@@ -171,9 +171,11 @@ def main(argv: list[str] | None = None) -> Path | None:
     process = run.start(config)
     device, rank, world = process
 
+    # A run that goes on knows how many labels its masks have: other ones are refused.
+    preparation = Preparation(**checkpoint["preparation"]) if checkpoint else config.preparation
     with process.first_alone():  # it may have to download
         name = "scenes" if config.benchmark else config.data  # they can be drawn in any size
-        training, validation = (data.open_dataset(name, config.data_dir, split, config.preparation)
+        training, validation = (data.open_dataset(name, config.data_dir, split, preparation)
                                 for split in ("train", "val"))
         perceptual = (PerceptualLoss(None if config.benchmark else config.perceptual_weights,
                                      config.perceptual).to(device) if config.perceives else None)
@@ -184,7 +186,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 
     # One forward pass of the autoencoder serves its own optimizer and the discriminator's.
     vq = VQ(config.model(channels), config.gradient_checkpointing, config.compile)
-    stage = FirstStage(vq, config.target, config.preparation, trained_on).to(device)
+    stage = FirstStage(vq, config.target, preparation, trained_on).to(device)
     model = DistributedDataParallel(vq) if world > 1 else vq
     optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2), fused=True)
     adversary = open_adversary(config, channels, process)

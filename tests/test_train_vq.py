@@ -283,6 +283,9 @@ def test_labels_of_the_masks_are_counted_over_both_splits_or_named(tmp_path):
     for more, channels in (([], 12), (["--void-label", "11"], 10), (["--segments", "20"], 20)):
         found = train(masks, tmp_path / str(channels), *more)
         assert read(found)["model_config"]["image_channels"] == channels
+    Image.new("L", (16, 16), 15).save(tmp_path / "a" / "train" / "segmentation" / "4.png")
+    with pytest.raises(ValueError, match="has the label 15, but labels go from 0 to 11"):  # not taken for void
+        train([*masks, "--steps", "4"], tmp_path / "12", "--resume")
     with pytest.raises(ValueError, match="has the label 11, but labels go from 0 to 8"):
         train(masks, tmp_path / "out", "--segments", "9")
     with pytest.raises(ValueError, match="hold no label but 0"):
