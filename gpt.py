@@ -186,25 +186,24 @@ class GPT(nn.Module):
             raise ValueError(f"steps is {steps} and sampled_tokens {sampled_tokens}; steps must be at least "
                              "0, sampled_tokens at least 1 and at most the vocabulary's "
                              f"{self.config.vocab_size}")
-        batch, training = len(prefix), self.training
+        batch, training, tokens = len(prefix), self.training, prefix
         if guidance != 1:
             if null_prefix is None or null_prefix.shape != prefix.shape:
                 raise ValueError("guidance needs a null_prefix of the prefix's shape")
-            prefix = torch.cat([prefix, null_prefix])  # (2B, P)
+            tokens = torch.cat([prefix, null_prefix])  # (2B, P)
+        capacity = tokens.shape[1] + steps
+        cache = KeyValueCache(self.config, len(tokens), capacity, self.head.weight) if cached else None
         self.eval()
-        capacity = prefix.shape[1] + max(0, steps - 1)
-        cache = KeyValueCache(self.config, len(prefix), capacity, self.head.weight) if cached else None
-        tokens = torch.cat([prefix, prefix.new_zeros(len(prefix), steps)], 1)  # (B or 2B, P + steps)
         try:
-            for end in range(prefix.shape[1], tokens.shape[1]):
-                logits = self(tokens[:, cache.length if cached else 0:end], cache)[:, -1]  # (B or 2B, V)
-                logits = logits[:, :sampled_tokens].float()
+            for _ in range(steps):
+                new = tokens[:, cache.length:] if cached else tokens
+                logits = self(new, cache)[:, -1, :sampled_tokens].float()  # (B or 2B, V)
                 if guidance != 1:
                     conditional, null = logits.chunk(2)
                     logits = null + guidance * (conditional - null)  # (B, V)
                 probabilities = next_token_probabilities(logits, temperature, top_k, top_p)
-                drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]  # (B,)
-                tokens[:, end] = drawn.repeat(2) if guidance != 1 else drawn
+                drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
+                tokens = torch.cat([tokens, drawn.repeat(2, 1) if guidance != 1 else drawn], 1)
         finally:
             self.train(training)
         return tokens[:batch]
