@@ -230,11 +230,8 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int, top
     if 0 < top_k < logits.shape[1]:
         smallest = logits.topk(top_k, dim=1).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < smallest, float("-inf"))
-    probabilities = F.softmax(logits, dim=1)
     if top_p < 1:
-        ordered, index = probabilities.sort(dim=1, descending=True)  # (B, V)
-        before = ordered.cumsum(1) - ordered  # probability of all likelier tokens
-        ordered = ordered.masked_fill(before >= top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(1, index, ordered)
-        probabilities = probabilities / probabilities.sum(1, keepdim=True)
-    return probabilities
+        ordered, index = F.softmax(logits, dim=1).sort(dim=1, descending=True)  # (B, V)
+        unlikely = ordered.cumsum(1) - ordered >= top_p  # the likelier tokens hold p already
+        logits = logits.masked_fill(unlikely.scatter(1, index, unlikely), float("-inf"))
+    return F.softmax(logits, dim=1)
