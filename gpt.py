@@ -42,6 +42,26 @@ class GPTConfig:
             raise ValueError(f"gelu is {self.gelu!r}; choose one of tanh, none")
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Raises ValueError for what no distribution can be sampled with."""
+    temperature: float = 1.0  # §A.1
+    top_k: int = 100  # §A.1; 0: all
+    top_p: float = 1.0
+    guidance: float = 1.0  # of a condition; 1: none
+
+    def __post_init__(self):
+        if not 1e-3 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be at least 0.001 "
+                             "(for the likeliest token always, use top_k 1)")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or 0 to keep all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        if not 0 <= self.guidance <= 100:
+            raise ValueError(f"guidance is {self.guidance}; it must lie in [0, 100], where 1 is none")
+
+
 class KeyValueCache:
     """Keys and values of the tokens seen so far, in memory allocated once for `capacity` positions."""
 
@@ -174,7 +194,7 @@ class GPT(nn.Module):
         null + guidance·(conditional − null), where `null_prefix` (B, P) has no condition: one batch of both.
         Raises ValueError for an empty prefix, or if P + steps − 1 positions do not fit `block_size`.
         """
-        check_sampling(temperature, top_k, top_p)
+        Sampling(temperature, top_k, top_p, guidance)  # raises for what cannot be sampled with
         if prefix.shape[1] == 0:
             raise ValueError("generate needs a prefix of at least one token: the null token or a condition")
         if prefix.shape[1] + steps - 1 > self.config.block_size:
@@ -207,17 +227,6 @@ class GPT(nn.Module):
         finally:
             self.train(training)
         return tokens[:batch]
-
-
-def check_sampling(temperature: float, top_k: int, top_p: float):
-    """Raises ValueError for settings that no distribution can be sampled with."""
-    if not 1e-3 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it must be at least 0.001 "
-                         "(for the likeliest token always, use top_k 1)")
-    if top_k < 0:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1, or 0 to keep all tokens")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must lie in (0, 1]")
 
 
 def next_token_probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

@@ -33,8 +33,9 @@ import data
 import run
 from benchmark import benchmark_sampling, untrained_prior
 from files import FIELDS, MASK_FOLDERS, list_files
+from gpt import Sampling
 from outputs import duration, picture_grid, save_picture, to_pixels, writing
-from stages import Prior, Sampling
+from stages import Prior
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Symbols: B batch, N pictures of a data set, C channels, H×W pixels, h×w code g
 import hashlib
 import itertools
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import data
 import run
 import taming
 from codebook import as_vectors
-from gpt import GPT, GPTConfig, check_sampling
+from gpt import GPT, GPTConfig, Sampling
 from orderings import ORDERINGS, TokenLayout
 from outputs import announce, load_checkpoint
 from vq import VQ, Palette, VQConfig
@@ -129,20 +129,6 @@ Stages = dict[str, FirstStage | None]  # by field, "image" first; None for a cla
 def stages_from_state(states: dict[str, dict | None]) -> Stages:
     """The first stages in a checkpoint of train_gpt.py."""
     return {field: state and FirstStage.from_state(state) for field, state in states.items()}
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn. Raises ValueError for what no distribution can be sampled with."""
-    temperature: float = 1.0  # §A.1
-    top_k: int = 100  # §A.1; 0: all
-    top_p: float = 1.0
-    guidance: float = 1.0
-
-    def __post_init__(self):
-        check_sampling(self.temperature, self.top_k, self.top_p)
-        if not 0 <= self.guidance <= 100:
-            raise ValueError(f"guidance is {self.guidance}; it must lie in [0, 100], where 1 is none")
 
 
 class Prior:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import gpt
-from gpt import GPT, GPTConfig, KeyValueCache, check_sampling, next_token_probabilities
+from gpt import GPT, GPTConfig, KeyValueCache, Sampling, next_token_probabilities
 from kernels import causal_attention
 
 TINY = GPTConfig(vocab_size=13, block_size=16, n_layer=2, n_head=2, n_embd=8)
@@ -366,8 +366,8 @@ def test_settings_that_no_distribution_can_be_sampled_with_are_refused():
             (1.0, -1, 1.0, "top_k is -1; it must be at least 1, or 0 to keep all tokens"),
             (1.0, 0, 0.0, "top_p is 0.0"), (1.0, 0, 1.1, "top_p is 1.1"), (1.0, 0, math.nan, "top_p is nan")):
         with pytest.raises(ValueError, match=sentence):
-            check_sampling(temperature, top_k, top_p)
+            Sampling(temperature, top_k, top_p)
         with pytest.raises(ValueError, match=sentence):
             random_gpt().generate(random_tokens(1, 2), 3, temperature, top_k, top_p=top_p)
-    check_sampling(1e-3, 0, 1.0)  # at the edge
-    check_sampling(100.0, 1, 1e-9)
+    Sampling(1e-3, 0, 1.0)  # at the edge
+    Sampling(100.0, 1, 1e-9)
