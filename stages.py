@@ -151,22 +151,17 @@ class Prior:
         Raises FileNotFoundError, or ValueError for another file. `n_head`: see `GPT.from_taming`.
         """
         if taming.recognizes(path):
-            prior = cls.from_taming(path, n_head)
-        else:
-            prior = cls.from_state(load_checkpoint(path, "gpt"))
-        return prior.to(device)
+            return cls.from_taming(path, n_head).to(device)
+        checkpoint = load_checkpoint(path, "gpt")
+        gpt = GPT(GPTConfig(**checkpoint["model_config"]))
+        gpt.load_state_dict(checkpoint["model"])
+        return cls(gpt, TokenLayout(**checkpoint["layout"]), stages_from_state(checkpoint["stages"]),
+                   checkpoint["trained_on"]).to(device)
 
     def to(self, device: torch.device) -> "Prior":
         for part in filter(None, (self.gpt, *self.stages.values())):
             part.to(device)
         return self
-
-    @classmethod
-    def from_state(cls, checkpoint: dict) -> "Prior":
-        gpt = GPT(GPTConfig(**checkpoint["model_config"]))
-        gpt.load_state_dict(checkpoint["model"])
-        return cls(gpt, TokenLayout(**checkpoint["layout"]), stages_from_state(checkpoint["stages"]),
-                   checkpoint["trained_on"])
 
     @classmethod
     def from_taming(cls, path: str | Path, n_head: int) -> "Prior":
@@ -178,11 +173,10 @@ class Prior:
         order = next((name for name in names if torch.equal(ORDERINGS[name](side, side), written)), None)
         if order is None:
             raise ValueError(f"{path} writes in an order that is none of {', '.join(ORDERINGS)}")
-        embedding, head = gpt.token_embedding.weight.detach(), gpt.head.weight.detach()
-        gpt.token_embedding.weight = nn.Parameter(torch.cat([embedding, embedding[:1]]))
-        gpt.head.weight = nn.Parameter(torch.cat([head, torch.zeros_like(head[:1])]))
         layout = TokenLayout(image.codebook_size, side, side, order)
-        gpt.config = GPTConfig(**asdict(gpt.config) | {"vocab_size": layout.vocab_size})
+        gpt.config = replace(gpt.config, vocab_size=layout.vocab_size)
+        for table in (gpt.token_embedding, gpt.head):  # one row more
+            table.weight = nn.Parameter(torch.cat([table.weight, table.weight[:1]]).detach())
         return cls(gpt, layout, {"image": image}, {})
 
     def state(self) -> dict:

@@ -336,8 +336,9 @@ def test_the_weights_of_the_lowest_validation_loss_are_kept(few_scenes, capsys):
     stages = {"image": FirstStage.load("runs/vq-demo-scenes/checkpoint.pt")}
     config = train_gpt.TrainConfig(**last["config"])
     codes = cache.encode_pictures(config, stages, None, ALONE)[1]
-    for checkpoint, value in ((best, values[step - 1]), (last, values[11])):
-        assert train_gpt.evaluate(Prior.from_state(checkpoint), codes, config, ALONE)["val"] == value
+    for name, value in (("best.pt", values[step - 1]), ("checkpoint.pt", values[11])):
+        prior = Prior.load(path.with_name(name), ALONE.device)
+        assert train_gpt.evaluate(prior, codes, config, ALONE)["val"] == value
     train_gpt.main(["--steps", "13", "--lr", "9", "--warmup-steps", "12", "--resume", *flags])  # no lower one
     assert load_checkpoint(path.with_name("best.pt"), "gpt")["step"] == step
 
