@@ -57,12 +57,11 @@ class FirstStage:
 
     @classmethod
     def of_pixels(cls, config: Any, preparation: data.Preparation, process: run.Process) -> "FirstStage":
-        """The pixel baseline (§2): a palette of 512 colours, by k-means of some 1,000 training pictures."""
+        """The pixel baseline (§2): a palette of 512 colours, by k-means of 1,024 training crops."""
         colours = torch.rand(512, 3)
         if process.rank == 0 and not config.benchmark:
             dataset = data.open_dataset(config.data, config.data_dir, "train", preparation)
-            batches = min(16, 1 + len(dataset) // 64)
-            order = itertools.islice(data.training_order(len(dataset), 64, config.seed), batches)
+            order = itertools.islice(data.training_order(len(dataset), 64, config.seed), 16)
             images = torch.cat([batch["image"] for batch in data.load(dataset, order, process.device, 0)])
             colours = Palette.fit(as_vectors(data.as_input(images, "image", 3)), 512).colours
         return cls(Palette(process.agree([colours.cpu()])[0]), "image", preparation, {})
