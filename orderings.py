@@ -63,14 +63,13 @@ def spiral(height: int, width: int) -> Tensor:
     """
     index = cells(height, width)
     y, x = height // 2, (width - 1) // 2
-    visited = [int(index[y, x])]
     dy, dx = -1, 0
-    leg = 2  # legs 2 and 3 have length 1, legs 4 and 5 have length 2, and so on
+    visited, leg = [], 2  # legs 2 and 3 have length 1, legs 4 and 5 have length 2, and so on
     while len(visited) < height * width:
         for _ in range(leg // 2):
-            y, x = y + dy, x + dx
             if 0 <= y < height and 0 <= x < width:
                 visited.append(int(index[y, x]))
+            y, x = y + dy, x + dx
         dy, dx = dx, -dy  # up → right → down → left
         leg += 1
     return torch.tensor(visited)
