@@ -320,18 +320,17 @@ def arrange(rows: list[Row], pictures: Tensor, columns: int) -> Image.Image:
 
 def fill_animation(prior: Prior, tokens: Tensor) -> list[Image.Image]:
     """Frames in which the cells of image tokens (N, T) appear step by step, on grey or the coarser scale."""
+    T = tokens.shape[1]
     grids = prior.layout.grids(tokens)
-    pictures = [prior.image.decode(codes) for codes in grids]
-    size = pictures[-1].shape[2:]
-    ranks = prior.layout.grids(torch.arange(tokens.shape[1], device=tokens.device)[None])
-    below, frames, stride = torch.zeros_like(pictures[-1]), [], math.ceil(tokens.shape[1] / 64)
-    for picture, rank in zip(pictures, ranks):
-        picture = F.interpolate(picture, size=size, mode="nearest")
-        rank = F.interpolate(rank[None].float(), size=size, mode="nearest")  # (1, 1, H, W)
-        for n in range(int(rank.min()), int(rank.max()) + 1, stride):
-            frames.append(picture_grid(torch.where(rank < n, picture, below), columns=4, side=64))
-        below = picture
-    frames.append(picture_grid(below, columns=4, side=64))
+    ranks = prior.layout.grids(torch.arange(T, device=tokens.device)[None])  # steps of cells, (1, h, w)
+    scales = [prior.image.decode(codes) for codes in grids]  # (N, C, H, W) each, coarse to fine
+    size, frames, stride = scales[-1].shape[2:], [], math.ceil(T / 64)
+    for step in range(0, T + stride, stride):
+        shown = torch.zeros_like(scales[-1])
+        for picture, rank in zip(scales, ranks):
+            visited = F.interpolate((rank < step)[None].float(), size) > 0  # (1, 1, H, W)
+            shown = torch.where(visited, F.interpolate(picture, size), shown)
+        frames.append(picture_grid(shown, columns=4, side=64))
     both = Image.fromarray(np.concatenate([np.asarray(frames[0]), np.asarray(frames[-1])]))
     palette = both.quantize(256)  # one for all frames: a palette for each would flicker
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
