@@ -131,14 +131,11 @@ def main(argv: list[str] | None = None):
     if config.benchmark:
         return benchmark_sampling(prior, config.batch_size, config.sampling)
     rows, columns, total = plan(prior, config)
-    generator = torch.Generator(device).manual_seed(config.seed)
     out, shown, pictures, first, began, done = Path(config.out), [], [], None, time.perf_counter(), 0
     if not config.one_file and out.is_dir() and any(out.iterdir()):
         raise run.UsageError(f"{out} is not empty; name another --out, or empty it")
 
-    # Rows of samples are drawn in batches, whose samples all have equally many given tokens.
-    for batch in batches(rows, columns, config.batch_size):
-        images, tokens = draw(prior, batch, config, generator)  # (B, C, H, W), (B, T) or None
+    for batch, images, tokens in draw(prior, rows, columns, config):
         first = tokens if first is None else first
         if config.one_file:
             pictures.append(images.cpu())
@@ -270,25 +267,25 @@ def list_given(prior: Prior, config: SampleConfig) -> Iterator[tuple[Tensor, Ten
             yield tokens[:, :count], data.as_input(values, "image", 3)
 
 
-def batches(rows: Iterable[Row], columns: int, batch_size: int) -> Iterator[list[Row]]:
-    """Each row `columns` times, in lists of up to `batch_size` with equally many given tokens."""
+def draw(prior: Prior, rows: Iterable[Row], columns: int,
+         config: SampleConfig) -> Iterator[tuple[list[Row], Tensor, Tensor | None]]:
+    """Samples of each row, `columns` times, in batches, of which all have equally many given tokens.
+
+    Yields the rows, pictures (B, C, H, W), and image tokens (B, T), None for another size than in training.
+    """
+    generator = torch.Generator(prior.device).manual_seed(config.seed)
     repeated = (row for row in rows for _ in range(columns))
     for _, group in itertools.groupby(repeated, key=lambda row: row.given is not None and row.given.shape[1]):
-        while batch := list(itertools.islice(group, batch_size)):
-            yield batch
-
-
-def draw(prior: Prior, batch: list[Row], config: SampleConfig,
-         generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    """One sample for each row: pictures (B, C, H, W), and image tokens (B, T) if of the training size."""
-    condition = torch.cat([row.condition for row in batch]) if batch[0].condition is not None else None
-    given = torch.cat([row.given for row in batch]) if batch[0].given is not None else None
-    if config.size:
-        height, width = (side // prior.image.vq.config.downsampling for side in config.shape)
-        codes = prior.sample_window(len(batch), height, width, condition, config.sampling, generator)
-        return prior.image.decode(codes), None
-    tokens = prior.sample(len(batch), condition, given, config.sampling, generator)
-    return prior.pictures(tokens), tokens
+        while batch := list(itertools.islice(group, config.batch_size)):
+            condition = None if batch[0].condition is None else torch.cat([row.condition for row in batch])
+            given = None if batch[0].given is None else torch.cat([row.given for row in batch])
+            if config.size:
+                height, width = (side // prior.image.vq.config.downsampling for side in config.shape)
+                codes = prior.sample_window(len(batch), height, width, condition, config.sampling, generator)
+                yield batch, prior.image.decode(codes), None
+            else:
+                tokens = prior.sample(len(batch), condition, given, config.sampling, generator)
+                yield batch, prior.pictures(tokens), tokens
 
 
 def save_condition(prior: Prior, row: Row, folder: Path, number: int):
