@@ -131,12 +131,13 @@ def main(argv: list[str] | None = None):
     if config.benchmark:
         return benchmark_sampling(prior, config.batch_size, config.sampling)
     rows, columns, total = plan(prior, config)
-    out, shown, pictures, first, began, done = Path(config.out), [], [], None, time.perf_counter(), 0
+    out, shown, pictures, done, began = Path(config.out), [], [], 0, time.perf_counter()
     if not config.one_file and out.is_dir() and any(out.iterdir()):
         raise run.UsageError(f"{out} is not empty; name another --out, or empty it")
 
     for batch, images, tokens in draw(prior, rows, columns, config):
-        first = tokens if first is None else first
+        if config.animate and not done:
+            save_animation(prior, tokens[:16], Path(config.animate))
         if config.one_file:
             pictures.append(images.cpu())
             shown += batch
@@ -153,50 +154,45 @@ def main(argv: list[str] | None = None):
         save_picture(arrange(shown, torch.cat(pictures), columns), out)
     print(f"{done} samples in {out}" + (f", {columns} for each validation condition" if done < total else ""))
     if config.animate:
-        frames = fill_animation(prior, first[:16])
-        times = [3000 // len(frames)] * (len(frames) - 1) + [1500]  # ms: three seconds, then a pause
-        save_picture(frames[0], Path(config.animate), save_all=True, append_images=frames[1:], loop=0,
-                     duration=times)
         print(f"an animation of the first samples in {config.animate}")
 
 
 def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int, int]:
     """The rows that the flags ask for, the samples in each, and those in all. Raises UsageError."""
-    f, layout, named = prior.image.vq.config.downsampling, prior.layout, config.class_ or config.condition
+    f, layout, stage = prior.image.vq.config.downsampling, prior.layout, prior.stages.get(prior.condition)
+    flag = "condition" if stage else prior.condition  # that names one of this model's: class, condition or None
+    named = [name for name, value in (("class", config.class_), ("condition", config.condition)) if value]
+    for name in set(named) - {flag}:
+        raise run.UsageError(f"--{name} does not fit {config.checkpoint}, which was trained with "
+                             f"--condition {prior.condition or 'none'}")
     if config.size and not all(side % f == 0 and side // f >= trained for side, trained in
                                zip(config.shape, (layout.height, layout.width))):
         raise run.UsageError(f"size is {config.size}; both must be multiples of {f}, and at least "
                              f"{layout.height * f}x{layout.width * f}, as in training")
-    stage = prior.stages.get(prior.condition)
-    if config.size and stage and stage.side != layout.height:
-        raise run.UsageError(f"--size needs maps of as many codes as the pictures: this model's have "
-                             f"{stage.side}×{stage.side}, its pictures {layout.height}×{layout.width}")
+    if config.size and stage and (not named or stage.side != layout.height):
+        raise run.UsageError("--size needs a --condition of that size, and maps of as many codes as the "
+                             f"pictures: this model's have {stage.side}×{stage.side}, its pictures "
+                             f"{layout.height}×{layout.width}")
     if config.scales_from or config.complete:
+        if flag and not named and not layout.null_token:
+            raise run.UsageError(f"this model needs a condition ({prior.condition}); name one with --{flag}")
         row, *more = list_conditions(prior, config) if named else [Row()]
         if more:
             raise run.UsageError("all rows of --complete and --scales-from have one condition; name only one")
-        if prior.condition and not named and not layout.null_token:
-            raise run.UsageError(f"this model needs a condition ({prior.condition}); name one with "
-                                 f"--{'class' if prior.condition == 'class' else 'condition'}")
-        rows, columns = [row._replace(given=given, beside=beside)
-                         for given, beside in list_given(prior, config)], config.count or 4
+        rows = [row._replace(given=given, beside=beside) for given, beside in list_given(prior, config)]
     elif named:
-        rows, columns = list(list_conditions(prior, config)), config.count or 4
-    elif prior.condition is None:
-        rows, columns = [Row()], config.count or 64
-    else:  # conditions of the validation split, in a grid four samples of each
-        columns = 4 if config.one_file else 1
-        total = math.ceil((config.count or 64) / columns)
-        return itertools.islice(list_conditions(prior, config), total), columns, total * columns
+        rows = list(list_conditions(prior, config))
+    else:  # so many in all, of the validation split's conditions in a grid four each
+        columns = 4 if flag and config.one_file else 1
+        count = math.ceil((config.count or 64) / columns)
+        rows = list_conditions(prior, config) if flag else itertools.repeat(Row())
+        return itertools.islice(rows, count), columns, count * columns
+    columns = config.count or 4
     return rows, columns, len(rows) * columns
 
 
 def list_conditions(prior: Prior, config: SampleConfig) -> Iterator[Row]:
     """The conditions named on the command line, else those of the validation split, in order."""
-    wanted = "class" if config.class_ else "condition" if config.condition else None
-    if wanted and (prior.condition is None or (prior.condition == "class") != (wanted == "class")):
-        raise run.UsageError(f"--{wanted} does not fit {config.checkpoint}, which was trained with "
-                             f"--condition {prior.condition or 'none'}")
     stage = prior.stages[prior.condition]
     if config.class_:
         names = map(str.strip, config.class_.split(","))
@@ -204,8 +200,6 @@ def list_conditions(prior: Prior, config: SampleConfig) -> Iterator[Row]:
     elif config.condition:
         values = (data.read_field(path, stage.field, stage.preparation, config.shape)
                   for path in list_inputs(config.condition, stage.field))
-    elif config.size:
-        raise run.UsageError("a larger size needs a --class, or a --condition of that size")
     else:
         preparation = replace((stage or prior.image).preparation, fields=(prior.condition,))
         directory = config.data_dir or prior.trained_on["data_dir"]
@@ -315,8 +309,8 @@ def arrange(rows: list[Row], pictures: Tensor, columns: int) -> Image.Image:
     return picture_grid(both.flatten(0, 1), columns + 1)
 
 
-def fill_animation(prior: Prior, tokens: Tensor) -> list[Image.Image]:
-    """Frames in which the cells of image tokens (N, T) appear step by step, on grey or the coarser scale."""
+def save_animation(prior: Prior, tokens: Tensor, path: Path):
+    """A GIF in which the cells of image tokens (N, T) appear step by step, on grey or the coarser scale."""
     T = tokens.shape[1]
     grids = prior.layout.grids(tokens)
     ranks = prior.layout.grids(torch.arange(T, device=tokens.device)[None])  # steps of cells, (1, h, w)
@@ -330,7 +324,9 @@ def fill_animation(prior: Prior, tokens: Tensor) -> list[Image.Image]:
         frames.append(picture_grid(shown, columns=4, side=64))
     both = Image.fromarray(np.concatenate([np.asarray(frames[0]), np.asarray(frames[-1])]))
     palette = both.quantize(256)  # one for all frames: a palette for each would flicker
-    return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    times = [3000 // len(frames)] * (len(frames) - 1) + [1500]  # ms: three seconds, then a pause
+    save_picture(frames[0], path, save_all=True, append_images=frames[1:], loop=0, duration=times)
 
 
 if __name__ == "__main__":
