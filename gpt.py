@@ -195,24 +195,22 @@ class GPT(nn.Module):
         Raises ValueError for an empty prefix, or if P + steps − 1 positions do not fit `block_size`.
         """
         Sampling(temperature, top_k, top_p, guidance)  # raises for what cannot be sampled with
-        if prefix.shape[1] == 0:
+        batch, P = prefix.shape
+        V, training, tokens = self.config.vocab_size, self.training, prefix
+        if P == 0:
             raise ValueError("generate needs a prefix of at least one token: the null token or a condition")
-        if prefix.shape[1] + steps - 1 > self.config.block_size:
-            raise ValueError(f"a prefix of {prefix.shape[1]} and {steps} steps do not fit the "
-                             f"{self.config.block_size} positions of this GPT (block_size)")
-        if sampled_tokens is None:
-            sampled_tokens = self.config.vocab_size
-        if steps < 0 or not 1 <= sampled_tokens <= self.config.vocab_size:
+        if P + steps - 1 > self.config.block_size:
+            raise ValueError(f"a prefix of {P} and {steps} steps do not fit the {self.config.block_size} "
+                             "positions of this GPT (block_size)")
+        sampled_tokens = V if sampled_tokens is None else sampled_tokens
+        if steps < 0 or not 1 <= sampled_tokens <= V:
             raise ValueError(f"steps is {steps} and sampled_tokens {sampled_tokens}; steps must be at least "
-                             "0, sampled_tokens at least 1 and at most the vocabulary's "
-                             f"{self.config.vocab_size}")
-        batch, training, tokens = len(prefix), self.training, prefix
+                             f"0, sampled_tokens at least 1 and at most the vocabulary's {V}")
         if guidance != 1:
             if null_prefix is None or null_prefix.shape != prefix.shape:
                 raise ValueError("guidance needs a null_prefix of the prefix's shape")
             tokens = torch.cat([prefix, null_prefix])  # (2B, P)
-        capacity = tokens.shape[1] + steps
-        cache = KeyValueCache(self.config, len(tokens), capacity, self.head.weight) if cached else None
+        cache = KeyValueCache(self.config, len(tokens), P + steps, self.head.weight) if cached else None
         self.eval()
         try:
             for _ in range(steps):
