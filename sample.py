@@ -148,8 +148,7 @@ def main(argv: list[str] | None = None):
         done += len(batch)
         seconds = time.perf_counter() - began
         if seconds > 5:
-            left = seconds / done * (total - done)
-            print(f"{done} of {total} samples · eta {duration(left)}", flush=True)
+            print(f"{done} of {total} samples · eta {duration(seconds * (total / done - 1))}", flush=True)
     if config.one_file:
         save_picture(arrange(shown, torch.cat(pictures), columns), out)
     print(f"{done} samples in {out}" + (f", {columns} for each validation condition" if done < total else ""))
@@ -160,7 +159,7 @@ def main(argv: list[str] | None = None):
 def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int, int]:
     """The rows that the flags ask for, the samples in each, and those in all. Raises UsageError."""
     f, layout, stage = prior.image.vq.config.downsampling, prior.layout, prior.stages.get(prior.condition)
-    flag = "condition" if stage else prior.condition  # that names one of this model's: class, condition or None
+    flag = "condition" if stage else prior.condition  # which names this model's conditions, if any
     named = [name for name, value in (("class", config.class_), ("condition", config.condition)) if value]
     for name in set(named) - {flag}:
         raise run.UsageError(f"--{name} does not fit {config.checkpoint}, which was trained with "
@@ -179,7 +178,7 @@ def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int, int]:
         row, *more = list_conditions(prior, config) if named else [Row()]
         if more:
             raise run.UsageError("all rows of --complete and --scales-from have one condition; name only one")
-        rows = [row._replace(given=given, beside=beside) for given, beside in list_given(prior, config)]
+        rows = list(list_completions(prior, config, row))
     elif named:
         rows = list(list_conditions(prior, config))
     else:  # so many in all, of the validation split's conditions in a grid four each
@@ -239,8 +238,8 @@ def find_class(name: str, classes: list[str]) -> int:
                          f"did you mean {', '.join(near)}?")
 
 
-def list_given(prior: Prior, config: SampleConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    """First tokens (1, G) of the named pictures, a share of their codes or coarser scales; the pictures."""
+def list_completions(prior: Prior, config: SampleConfig, row: Row) -> Iterator[Row]:
+    """The row with the first tokens of each named picture: a share of its codes, or its coarser scales."""
     image, layout = prior.image, prior.layout
     if config.scales_from and not layout.scales:
         raise run.UsageError(f"--scales-from needs a model of several scales, unlike {config.checkpoint}; "
@@ -252,13 +251,13 @@ def list_given(prior: Prior, config: SampleConfig) -> Iterator[tuple[Tensor, Ten
     kept = round(config.keep * T)
     for path in list_inputs(config.complete or config.scales_from, "image"):
         values = data.read_field(path, "image", image.preparation)  # (1, 3, S, S)
-        if config.complete and config.hide:
+        if config.hide:
             rank = layout.grids(torch.arange(T)[None])[-1]  # (1, h, w)
             known = F.interpolate((rank < kept)[None].float(), size=values.shape[2:], mode="nearest") > 0
             values = values.where(known, 127)
         tokens = layout.image_tokens(image.pyramid(image.encode(values), layout.scales))  # (1, T)
         for count in [kept] if config.complete else [0, *itertools.accumulate(layout.lengths)]:
-            yield tokens[:, :count], data.as_input(values, "image", 3)
+            yield row._replace(given=tokens[:, :count], beside=data.as_input(values, "image", 3))
 
 
 def draw(prior: Prior, rows: Iterable[Row], columns: int,
@@ -288,10 +287,9 @@ def save_condition(prior: Prior, row: Row, folder: Path, number: int):
         return
     value = row.record[0].cpu().numpy()
     if prior.condition == "class":
-        names = folder / "classes.txt"
-        text = f"{number:06d} {prior.classes[value]}\n".encode(errors="surrogateescape")  # as folders' names
-        with writing(names, "make room, or name another --out"), names.open("ab") as file:
-            file.write(text)
+        names, advice = folder / "classes.txt", "make room, or name another --out"
+        with writing(names, advice), names.open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(f"{number:06d} {prior.classes[value]}\n")  # any bytes that a folder's name may hold
         return
     if prior.condition == "depth":
         value = np.round((value + 1) * 32767.5).astype(np.uint16)

@@ -299,6 +299,8 @@ def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, caps
             ("none.pt", "--class ball", 2, "--class does not fit none.pt, which was trained with"),
             ("class.pt", "--condition photo.png", 2, "--condition does not fit class.pt, which was"),
             ("mask.pt", "--class ball", 2, "which was trained with --condition segmentation"),
+            ("class.pt", "--class ball --condition photo.png", 2, "--condition does not fit class.pt, which"),
+            ("mask.pt", "--size 8x16", 2, "--size needs a --condition of that size"),
             ("class.pt", "--class huose", 2, "among the 4 of this model; did you mean house"),
             ("class.pt", "--class 4", 2, "no class '4' among the 4 of this model; did you mean ball"),
             ("class.pt", "--complete photo.png", 2, "this model needs a condition (class); name one"),
