@@ -27,10 +27,13 @@ IGNORED = {  # in each group beside the network: the losses, colors of segmentat
 # CelebA-HQ's, COCO-Stuff's and those of the two scene models: (n_layer, n_embd) → n_head.
 RELEASED_HEADS = {(24, 1664): 16, (32, 1280): 16, (36, 1536): 16, (40, 1408): 16}
 LEVELS, BLOCKS, LAYERS = r"encoder\.down\.(\d+)\.", r"encoder\.down\.0\.block\.(\d+)\.", r"blocks\.(\d+)\."
-VQ_PARTS = {"layers.0": "norm1", "layers.2": "conv1", "layers.3": "norm2", "layers.5": "conv2",
-            "shortcut": "nin_shortcut", "out": "proj_out"}  # inside a block: ours → theirs
+# Parts of our names of weights → theirs; `vq_layers` has those of the numbered layers.
+VQ_NAMES = {"quantizer.codebook": "quantize.embedding.weight", ".out.": ".proj_out.",
+            ".layers.0.": ".norm1.", ".layers.2.": ".conv1.",
+            ".layers.3.": ".norm2.", ".layers.5.": ".conv2.", ".shortcut.": ".nin_shortcut."}
 GPT_NAMES = {"token_embedding.weight": "tok_emb.weight", "position_embedding.weight": "pos_emb",
-             "norm.": "ln_f.", ".norm_1.": ".ln1.", ".norm_2.": ".ln2.", ".attention.out.": ".attn.proj."}
+             "norm.": "ln_f.", ".norm_1.": ".ln1.", ".norm_2.": ".ln2.",
+             ".attention.out.": ".attn.proj.", ".attention.qkv.": ".attn.qkv."}
 # The full names of the trainer's classes and functions. A file that imports any other is refused.
 TRAINER = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities|torchmetrics|fsspec|omegaconf|taming"
@@ -174,64 +177,51 @@ def gpt_sizes(path: str | Path, n_head: int = 0) -> dict:
 
 
 def vq_layers(levels: int, blocks: int) -> dict[str, str]:
-    """Our names of the layers of encoder and decoder → theirs: "encoder.0" → "encoder.conv_in", and so on."""
-    def level_layers(name: str, level: int, blocks: int) -> list[str]:
+    """Our numbers of the layers of encoder and decoder → their names: "encoder.0." → "encoder.conv_in."."""
+    def resolution(name: str, level: int, blocks: int) -> list[str]:
         kinds = ("block", "attn") if level == levels - 1 else ("block",)  # attention at the coarsest only
-        return [f"{name}.{level}.{kind}.{i}" for i in range(blocks) for kind in kinds]
+        layers = [f"{name}.{level}.{kind}.{i}" for i in range(blocks) for kind in kinds]
+        return [*layers, f"{name}.{level}.{name}sample"]
 
+    down, up = [], []
+    for level in range(levels):  # from the finest to the coarsest
+        down = down + resolution("down", level, blocks)
+        up = resolution("up", level, blocks + 1) + up
     middle, last = ["mid.block_1", "mid.attn_1", "mid.block_2"], ["norm_out", "SiLU", "conv_out"]
-    encoder, decoder = ["conv_in"], ["conv_in", *middle]
-    for level in range(levels):
-        encoder += [*level_layers("down", level, blocks), f"down.{level}.downsample"]
-    for level in reversed(range(levels)):
-        decoder += [*level_layers("up", level, blocks + 1), f"up.{level}.upsample"]
-    encoder, decoder = [*encoder[:-1], *middle, *last], [*decoder[:-1], *last]  # the last is not resampled
-    return ({f"encoder.{i}": f"encoder.{layer}" for i, layer in enumerate(encoder)}
-            | {f"encoder.{len(encoder)}": "quant_conv", "decoder.0": "post_quant_conv"}
-            | {f"decoder.{i}": f"decoder.{layer}" for i, layer in enumerate(decoder, 1)})
+    encoder = ["conv_in", *down[:-1], *middle, *last]  # the coarsest level is not downsampled,
+    decoder = ["conv_in", *middle, *up[:-1], *last]  # the finest not upsampled
+    return ({f"encoder.{i}.": f"encoder.{layer}." for i, layer in enumerate(encoder)}
+            | {f"encoder.{len(encoder)}.": "quant_conv.", "decoder.0.": "post_quant_conv."}
+            | {f"decoder.{i}.": f"decoder.{layer}." for i, layer in enumerate(decoder, 1)})
 
 
 def vq_weights(path: str | Path, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """The first stage in a file, under the names in `ours`, its state_dict. Raises as `gather`."""
     weights = network(path, "first_stage_model.")
-    layers = vq_layers(count(weights, LEVELS), count(weights, BLOCKS))
-
-    def theirs(name: str) -> list[str]:
-        if name == "quantizer.codebook":
-            return ["quantize.embedding.weight"]
-        half, number, rest = name.split(".", 2)  # encoder, 7, layers.0.weight
-        layer = layers[f"{half}.{number}"]
-        part, _, leaf = rest.rpartition(".")
-        if part == "qkv":
-            return [f"{layer}.{part}.{leaf}" for part in "qkv"]
-        return [".".join([layer, VQ_PARTS.get(part, part), leaf] if part else [layer, leaf])]
-    return gather(path, weights, {name: theirs(name) for name in ours}, ours)
+    names = vq_layers(count(weights, LEVELS), count(weights, BLOCKS)) | VQ_NAMES
+    return gather(path, weights, ours, names, ("q", "k", "v"))
 
 
 def gpt_weights(path: str | Path, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """The transformer in a file, under the names in `ours`, its state_dict. Raises as `gather`."""
     weights = network(path, "transformer.")
     weights["pos_emb"] = weights["pos_emb"].squeeze(0)  # (1, block_size, n_embd) → (block_size, n_embd)
-
-    def theirs(name: str) -> list[str]:
-        for own, other in GPT_NAMES.items():
-            if own in name:
-                return [name.replace(own, other)]
-        if ".qkv." in name:
-            return [name.replace("attention.qkv", f"attn.{part}") for part in ("query", "key", "value")]
-        return [name]  # head, mlp.0, mlp.2
-    return gather(path, weights, {name: theirs(name) for name in ours}, ours)
+    return gather(path, weights, ours, GPT_NAMES, ("query", "key", "value"))
 
 
-def gather(path: str | Path, weights: dict[str, Tensor], sources: dict[str, list[str]],
-           ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each of our weights from its sources in the file: three for our joint projection to q, k and v.
+def gather(path: str | Path, weights: dict[str, Tensor], ours: dict[str, Tensor], names: dict[str, str],
+           qkv: tuple[str, str, str]) -> dict[str, Tensor]:
+    """Each of our weights from the file: `names` translates parts of its name, `qkv` splits our joint qkv.
 
     Raises ValueError if one is missing, left over, of another shape than ours, or not finite.
     """
     gathered = {}
-    for name, keys in sources.items():
-        rows, *columns = ours[name].shape
+    for name, weight in ours.items():
+        theirs = name
+        for own, other in names.items():
+            theirs = theirs.replace(own, other)
+        keys = [theirs.replace("qkv", part) for part in qkv] if "qkv" in theirs else [theirs]
+        rows, *columns = weight.shape
         wanted = (rows // len(keys), *columns)
         for key in keys:
             if key not in weights:
@@ -242,7 +232,7 @@ def gather(path: str | Path, weights: dict[str, Tensor], sources: dict[str, list
             if not weights[key].float().isfinite().all():
                 raise ValueError(f"{path} has NaN or infinite values in {key}: its training has diverged")
         parts = [weights.pop(key) for key in keys]
-        gathered[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        gathered[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
     if weights:
         raise ValueError(f"{path} has {min(weights)}, for which there is no place in our network")
     return gathered
