@@ -9,9 +9,7 @@ A Net2NetTransformer's file has the GPT under `transformer.` and the VQ model un
 VQModel's has the latter alone, with no prefix. *Ours* are the names in vq.py and gpt.py, *theirs* the file's.
 """
 import math
-import pickletools
 import re
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -58,20 +56,6 @@ class PlaceholderDict:
         return OrderedDict()
 
 
-def recognizes(path: str | Path) -> bool:
-    """Whether a file is theirs: it has a "state_dict", and not our "kind" and "model_config".
-
-    The pickle is disassembled, not run. False for a file that cannot be read, whose reader will say why.
-    """
-    try:
-        with zipfile.ZipFile(path) as file:
-            pickled = next(name for name in file.namelist() if name.endswith("/data.pkl"))
-            words = {argument for _, argument, _ in pickletools.genops(file.read(pickled))}
-    except Exception:  # damaged bytes can raise anything
-        return False
-    return "state_dict" in words and not {"kind", "model_config"} <= words
-
-
 def read(path: str | Path) -> dict[str, Tensor]:
     """The weights in a file, by their names; mapped from the disk, so the file must not change meanwhile.
 
@@ -106,6 +90,15 @@ def read(path: str | Path) -> dict[str, Tensor]:
         if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
             raise ValueError(f"{path} has too few numbers for the shape {tuple(weight.shape)} of {key!r}")
     return {key: Tensor.detach(weight) for key, weight in dict.items(weights)}
+
+
+def recognizes(path: str | Path) -> bool:
+    """Whether a file is theirs. False for one that cannot be read: the reader of ours will say why."""
+    try:
+        read(path)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def network(path: str | Path, group: str) -> dict[str, Tensor]:
