@@ -78,18 +78,19 @@ def read(path: str | Path) -> dict[str, Tensor]:
     if refused:
         raise ValueError(f"{path} was not opened: it imports {refused[0]}, which no file of "
                          "taming-transformers does; nothing in it was run")
-    # Methods are called on dict and Tensor, since a file can shadow those of its objects.
-    weights = dict.get(content, "state_dict") if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not dict.__len__(weights):
+    # Operators, not methods, which a file can shadow by attributes of its OrderedDicts.
+    state = content["state_dict"] if isinstance(content, dict) and "state_dict" in content else None
+    if not isinstance(state, dict) or not state:
         raise ValueError(f'{path} has no "state_dict": it is not a file of taming-transformers')
-    for key, weight in dict.items(weights):
+    weights = {key: state[key] for key in state}
+    for key, weight in weights.items():
         if (not isinstance(key, str) or type(weight) not in (Tensor, torch.nn.Parameter)
                 or weight.layout != torch.strided or weight.device.type != "cpu" or weight.is_quantized
                 or weight.is_complex()):
             raise ValueError(f"{path} has {key!r} in its state_dict, which is not a tensor with a name")
         if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
             raise ValueError(f"{path} has too few numbers for the shape {tuple(weight.shape)} of {key!r}")
-    return {key: Tensor.detach(weight) for key, weight in dict.items(weights)}
+    return weights
 
 
 def recognizes(path: str | Path) -> bool:
