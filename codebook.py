@@ -44,10 +44,8 @@ def kmeans(vectors: Tensor, count: int, iterations: int = 10) -> Tensor:
     """Lloyd's algorithm: vectors (N, D) float32 → centres (count, D). An empty cluster keeps its centre."""
     centres = kmeans_plusplus(vectors, count, centres=vectors[:0])  # (count, D)
     for _ in range(iterations):
-        nearest = nearest_code(vectors, centres)  # (N,)
-        sizes = torch.bincount(nearest, minlength=count)[:, None]  # (count, 1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)  # (count, D)
-        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
+        nearest = nearest_code(vectors, centres)[:, None].expand_as(vectors)  # (N, D)
+        centres.scatter_reduce_(0, nearest, vectors, "mean", include_self=False)
     return centres
 
 
