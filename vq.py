@@ -18,9 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import taming
-from codebook import as_vectors, assign_codes, kmeans
-from kernels import nearest_code
-from losses import PatchDiscriminator, PerceptualLoss  # re-exported: used only to train the first stage
+from codebook import assign_codes, kmeans
 
 
 @dataclass(frozen=True)
@@ -181,14 +179,13 @@ class Quantizer(nn.Module):
         loss = |sg[z] − e|² + β·|z − sg[e]|², means over all elements: the first term trains the codebook,
         the second the encoder. `quantized` passes its gradient straight through to `latents`.
         """
-        B, D, h, w = latents.shape
-        vectors = as_vectors(latents.float())  # (N, D)
-        codes = nearest_code(vectors, self.codebook)  # (N,)
-        chosen = self.codebook[codes]  # (N, D)
-        loss = (F.mse_loss(chosen, vectors.detach())
-                + self.commitment_weight * F.mse_loss(vectors, chosen.detach()))
-        quantized = vectors + (chosen - vectors).detach()  # value of `chosen`, gradient of `vectors`
-        return quantized.view(B, h, w, D).permute(0, 3, 1, 2), codes.view(B, h, w), loss
+        latents = latents.float()
+        codes = assign_codes(latents, self.codebook)  # (B, h, w)
+        chosen = self.codebook[codes].permute(0, 3, 1, 2)  # (B, D, h, w)
+        loss = (F.mse_loss(chosen, latents.detach())
+                + self.commitment_weight * F.mse_loss(latents, chosen.detach()))
+        quantized = chosen.detach() + (latents - latents.detach())  # value of `chosen`, gradient of `latents`
+        return quantized, codes, loss
 
 
 class VQ(nn.Module):
