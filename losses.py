@@ -72,25 +72,23 @@ class PerceptualLoss(nn.Module):
         if backbone not in TAPS:
             raise ValueError(f"backbone is {backbone!r}; choose one of {', '.join(TAPS)}")
         self.backbone = backbone
-        with torch.device("meta"):  # no random initialization: the weights come from files
+        with torch.device("cpu" if weights_path is None else "meta"):  # meta: the numbers come from files
             self.features = backbone_layers(backbone)
-            self.heads = nn.ParameterList(torch.empty(1, width, 1, 1) for width in TAPS[backbone].values())
+            self.heads = nn.ParameterList(torch.ones(1, width, 1, 1) for width in TAPS[backbone].values())
         # ImageNet's mean and deviation, (.485, .456, .406) and (.229, .224, .225), for [−1, 1]: LPIPS v0.1.
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
-        if weights_path is None:
-            files, weights = [], {name: torch.rand(x.shape) / 100 for name, x in self.state_dict().items()}
-        else:
+        if weights_path is not None:
             files = [Path(weights_path)] if weights_path else [download(*x) for x in DOWNLOADS[backbone]]
             weights = {re.sub(r"^lin(\d)\.model\.1\.weight$", r"heads.\1", str(name)): weight.float()
                        for file in files for name, weight in read_weights(file).items()
                        if not str(name).startswith("classifier.")}  # torchvision's last layers
-        try:
-            self.load_state_dict(weights, assign=True)
-        except RuntimeError as error:  # a title, then a line for each kind of problem
-            problem = str(error).split("\n\t")[1].strip(". ")
-            raise ValueError(f"{' and '.join(map(str, files))} cannot be the LPIPS weights of {backbone}: "
-                             f"{problem}; {ADVICE}") from None
+            try:
+                self.load_state_dict(weights, assign=True)
+            except RuntimeError as error:  # a title, then a line for each kind of problem
+                problem = str(error).split("\n\t")[1].strip(". ")
+                raise ValueError(f"{' and '.join(map(str, files))} cannot be the LPIPS weights of "
+                                 f"{backbone}: {problem}; {ADVICE}") from None
         self.requires_grad_(False)
         self.eval()
 
