@@ -135,13 +135,14 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         std = 0.64 / math.sqrt(config.n_embd)  # 0.02 at GPT2-medium's width
-        for name, parameter in self.named_parameters():
-            if name.endswith(("attention.out.weight", "mlp.2.weight")):  # into the residual stream
-                nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer))  # GPT-2's report, §2.3
-            elif parameter.ndim == 2:
-                nn.init.normal_(parameter, std=std)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        for layer in self.modules():
+            if isinstance(layer, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(layer.weight, std=std)
+            if isinstance(layer, nn.Linear) and layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        for block in self.blocks:
+            for layer in (block.attention.out, block.mlp[-2]):  # into the residual stream
+                layer.weight.data /= math.sqrt(2 * config.n_layer)  # GPT-2's report, §2.3
 
     @classmethod
     def from_taming(cls, path: str | Path, n_head: int = 0) -> "GPT":

@@ -24,7 +24,7 @@ import data
 import run
 from benchmark import benchmark_training
 from codebook import codebook_use, initialize_codebook, restart_dead_codes, use_colours
-from files import Preparation
+from files import FIELDS, Preparation
 from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, image_loss, mask_loss,
                     score_images, score_masks)
 from outputs import (Log, announce, describe_data, picture_grid, save_checkpoint, save_picture,
@@ -92,7 +92,7 @@ class TrainConfig:
         run.check_training(self)
         run.check_choice("data", self.data, data.DATASETS)
         data.check_offered(self.data, self.target)
-        run.check_choice("target", self.target, ("image", "segmentation", "depth", "pose"))
+        run.check_choice("target", self.target, FIELDS)
         run.check_choice("perceptual", self.perceptual, ("none", *SMALLEST))
         run.check_at_least(self, 1, "image_size", "discriminator_layers")
         run.check_at_least(self, 0, "segments", "void_label", "restart_every", "perceptual_weight",
@@ -315,12 +315,14 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
     sums = torch.zeros(3, dtype=torch.float64, device=process.device)  # of both scores, and their number
     order = data.fixed_order(len(validation), max(16, config.batch_size // process.world), None, process.rank,
                              process.world)
+    vq.eval()
     for images in load_inputs(validation, order, config, vq.config.image_channels, process.device):
         with run.autocast(process.device):
             reconstructions, codes, _ = vq(images)
         sums += (score_masks(images, reconstructions) if config.one_hot
                  else score_images(images, reconstructions, perceptual))
         counts += torch.bincount(codes.flatten(), minlength=config.codebook_size)
+    vq.train()
     *totals, count = process.total(sums).tolist()
     counts = process.total(counts)
     used, perplexity = codebook_use(counts)

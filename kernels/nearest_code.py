@@ -31,6 +31,7 @@ from torch import Tensor
 from kernels.backend import cdiv, compare, describe_device, has_tf32, multiprocessors, tl, triton
 
 ROWS = 65536  # vectors the reference compares at a time: bounds its (rows, K) scores to 256 MiB at K = 1,024
+# BLOCK_K must be a multiple of 32 and BLOCK_D divide 64: `prepare_codebook` pads the codebook to both.
 TILE = dict(BLOCK_N=128, BLOCK_K=128, BLOCK_D=16, num_warps=8, num_stages=3)
 
 

@@ -1,4 +1,5 @@
 """What the tests share: flags of tiny runs, the shell's view of a script, bit equality, random networks."""
+import json
 import sys
 from pathlib import Path
 
@@ -50,6 +51,10 @@ def assert_bit_equal(path: Path, other: Path):
     a, b = (tensors(torch.load(file, weights_only=True)) for file in (path, other))
     assert a.keys() == b.keys() and len(a) > 20
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def log_of(checkpoint: Path) -> list[dict]:
+    return [json.loads(line) for line in (checkpoint.parent / "log.jsonl").read_text().splitlines()]
 
 
 def shell(script: str, flags: list, monkeypatch, capsys) -> tuple[int, str, str]:

@@ -33,6 +33,7 @@ def test_imports_only_go_down_and_need_nothing_but_the_requirements():
     for path in CODE:
         module = path.stem if path.parent == ROOT else "kernels"
         for name in imports(path) - OUTSIDE - {module}:
+            assert {module, name} <= LEVEL.keys(), f"{path.name} imports {name}: LAYERS must name both"
             down = LEVEL[name] < LEVEL[module]
             assert down or (module, name) == ("train_gpt", "train_vq"), f"{path.name} imports {name}"
         if module == "kernels":
@@ -120,7 +121,7 @@ def test_the_readmes_reading_order_tells_the_lengths_of_all_files():
         listed |= {place.name for place in places}
         files = [file for place in places for file in (place.glob("*.py") if place.is_dir() else [place])]
         found = sum(len(file.read_text().splitlines()) for file in files)
-        assert found == pytest.approx(int(lines), rel=0.05)
+        assert found == pytest.approx(int(lines), rel=0.05), f"{links}: the README's number of lines is old"
     assert listed == {file.name for file in ROOT.glob("*.py")} | {"kernels"}
 
 

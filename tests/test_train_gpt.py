@@ -5,7 +5,6 @@ plain loop for what a step does; a search through all crops for what was encoded
 """
 import dataclasses
 import itertools
-import json
 import os
 import re
 import shutil
@@ -27,7 +26,7 @@ import train_gpt
 import train_vq
 from benchmark import CountOperations
 from gpt import GPT, GPTConfig
-from helpers import ALONE, ROOT, assert_bit_equal, gpt_flags, shell, tensors
+from helpers import ALONE, ROOT, assert_bit_equal, gpt_flags, log_of, shell, tensors
 from kernels import causal_attention, causal_attention_triton
 from orderings import ORDERINGS
 from outputs import load_checkpoint
@@ -35,10 +34,6 @@ from stages import FirstStage, Prior
 from vq import VQ
 
 TINY = "--n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --device cpu".split()
-
-
-def log_of(checkpoint: Path) -> list[dict]:
-    return [json.loads(line) for line in (checkpoint.parent / "log.jsonl").read_text().splitlines()]
 
 
 def test_a_killed_or_stopped_run_ends_bit_for_bit_as_if_it_had_not_been(pictures, first_stage, tmp_path):

@@ -5,7 +5,7 @@ process, for two; numbers computed again from the checkpoint; literal pixels; th
 """
 import collections
 import dataclasses
-import json
+import itertools
 import os
 import re
 import resource
@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ALONE, ROOT, VQ_FLAGS, assert_bit_equal, shell, tensors, vq_flags
+from helpers import ALONE, ROOT, VQ_FLAGS, assert_bit_equal, log_of, shell, tensors, vq_flags
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -77,10 +77,6 @@ def train(flags: list[str], out: Path, *more: str) -> Path:
 
 def read(path: Path) -> dict:
     return torch.load(path, weights_only=True)
-
-
-def log_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
 
 
 def open_split(path: Path, split: str, order: list) -> tuple[train_vq.TrainConfig, list[torch.Tensor]]:
@@ -267,6 +263,13 @@ def test_masks_depth_maps_and_poses_are_coded_measured_and_go_on_bit_for_bit(
         expected["val_l1"] = (images - x).abs().mean().item()
         assert line["lambda"] > 0 and line["perceptual"] > 0
     assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_evaluation_leaves_training_mode_and_returns_to_it(tmp_path, monkeypatch):
+    modes, forward = [], VQ.forward
+    monkeypatch.setattr(VQ, "forward", lambda vq, images: (modes.append(vq.training), forward(vq, images))[1])
+    train([*SCENES, "--eval-every", "2", "--steps", "4"], tmp_path)
+    assert [mode for mode, _ in itertools.groupby(modes)] == [True, False, True, False]
 
 
 def test_labels_of_the_masks_are_counted_over_both_splits_or_named(tmp_path):

@@ -56,7 +56,7 @@ def best_scores(vectors, codebook):
     scores, codes = torch.empty(1, N, device=DEVICE), torch.empty(1, N, dtype=torch.int64, device=DEVICE)
     with here():
         offset, high, low, norms = lookup.prepare_codebook(codebook)
-        lookup.nearest_code_kernel[(-(-N // 128), 1)](
+        lookup.nearest_code_kernel[(-(-N // lookup.TILE["BLOCK_N"]), 1)](
             vectors, vectors.stride(), offset, high, low, norms, scores, codes, N, K, vectors.shape[1],
             high.shape[1], len(high), **lookup.TILE)
     return scores[0], offset[:vectors.shape[1]]
@@ -173,8 +173,8 @@ def test_more_than_two_to_the_31_elements(transposed):
     vectors[-64:] = codebook[3:67]
     scores, codes = torch.empty(1, N), torch.empty(1, N, dtype=torch.int64)
     with strict(only=lambda programs: {programs - 1}):
-        lookup.nearest_code_kernel[(N // 128 + 1, 1)](
-            vectors, vectors.stride(), *prepared, scores, codes, N, 70, D, 256, 128, **lookup.TILE)
+        lookup.nearest_code_kernel[(N // lookup.TILE["BLOCK_N"] + 1, 1)](
+            vectors, vectors.stride(), *prepared, scores, codes, N, 70, D, 256, len(prepared[1]), **lookup.TILE)
     assert codes[0, -64:].tolist() == list(range(3, 67))
 
 
