@@ -177,8 +177,8 @@ def main(argv: list[str] | None = None) -> Path | None:
         name = "scenes" if config.benchmark else config.data  # they can be drawn in any size
         training, validation = (data.open_dataset(name, config.data_dir, split, preparation)
                                 for split in ("train", "val"))
-        perceptual = (PerceptualLoss(None if config.benchmark else config.perceptual_weights,
-                                     config.perceptual).to(device) if config.perceives else None)
+        weights = None if config.benchmark else config.perceptual_weights  # None: random numbers
+        perceptual = PerceptualLoss(weights, config.perceptual).to(device) if config.perceives else None
     data.check_files(validation, rank, world, config.workers)
     trained_on = describe_data(config, training, checkpoint)
     channels = (checkpoint["model_config"]["image_channels"] if checkpoint
