@@ -120,7 +120,7 @@ def save_checkpoint(config: Any, process: Any, step: int, parts: dict, name: str
 
 def load_checkpoint(path: str | Path, kind: str) -> dict:
     """Read a checkpoint ("vq", "gpt") onto the CPU. Raises FileNotFoundError; ValueError for another file."""
-    advice = f"name a checkpoint.pt that train_{kind}.py has written"
+    advice = f"name a checkpoint.pt that train_{kind}.py has written, or train one in another --out"
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; {advice}")
     try:

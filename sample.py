@@ -84,7 +84,8 @@ class SampleConfig:
     def without_effect(self) -> list[tuple[bool, str, str]]:
         """Flags that do nothing if the first value is true, and why."""
         return [(not self.complete, "keep hide", "it belongs to --complete"),
-                (bool(self.class_ or self.condition), "data_dir", "the conditions are named"),
+                (any((self.class_, self.condition, self.complete, self.scales_from)), "data_dir",
+                 "no conditions of the validation split are taken"),
                 (self.benchmark, "out animate class_ condition complete scales_from count size",
                  "a benchmark draws no pictures")]
 
@@ -164,6 +165,8 @@ def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int, int]:
     for name in set(named) - {flag}:
         raise run.UsageError(f"--{name} does not fit {config.checkpoint}, which was trained with "
                              f"--condition {prior.condition or 'none'}")
+    if config.data_dir and not flag:
+        raise run.UsageError("--data-dir has no effect here: this model has no condition")
     if config.size and not all(side % f == 0 and side // f >= trained for side, trained in
                                zip(config.shape, (layout.height, layout.width))):
         raise run.UsageError(f"size is {config.size}; both must be multiples of {f}, and at least "
