@@ -203,10 +203,10 @@ class VQ(nn.Module):
             if isinstance(layer, ResidualBlock):
                 layer.gradient_checkpointing = gradient_checkpointing
         if compiled:  # all but the last layer: λ takes the gradient there (losses.py)
-            body, last = self.decoder[:-1], self.decoder[-1]  # the same layers
-            self.encoder.compile(dynamic=False)
-            body.compile(dynamic=False)
-            self.decoder.forward = lambda quantized: last(body(quantized))
+            encode, body, last = self.encoder[:], self.decoder[:-1], self.decoder[-1]  # the same layers
+            self.encoder.forward = torch.compile(lambda images: encode(images), dynamic=False)
+            decode = torch.compile(lambda quantized: body(quantized), dynamic=False)
+            self.decoder.forward = lambda quantized: last(decode(quantized))
 
     @classmethod
     def from_taming(cls, path: str | Path) -> "VQ":
