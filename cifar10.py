@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from outputs import replacing, writing
+from outputs import writing
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -17,7 +17,7 @@ MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 def read_cifar10(directory: Path, split: str) -> ndarray:
     """The records of a split, (N, 1 + 3·32·32) uint8: a label and its picture; N is 50,000 or 10,000.
 
-    Raises OSError if they are not there and cannot be fetched, ValueError if they are damaged.
+    Raises FileNotFoundError or ValueError if they are not there, and cannot be fetched, or are damaged.
     """
     folder, parts = find_folder(directory), []
     for name in [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]:
@@ -38,8 +38,16 @@ def find_folder(directory: Path) -> Path:
     archive = directory / "cifar-10-binary.tar.gz"
     if not archive.is_file():
         print(f"fetching {URL} (170 MB)", flush=True)
-        with replacing(archive, f"put it there from {URL}, or name its folder with --data-dir") as part:
+        part = archive.with_suffix(".part")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
             urllib.request.urlretrieve(URL, part)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise FileNotFoundError(f"CIFAR-10 is not in {directory} and could not be fetched ({error}): put "
+                                    f"{archive.name} from {URL} there, or name its folder with --data-dir"
+                                    ) from None
+        part.replace(archive)
     digest = hashlib.md5(archive.read_bytes()).hexdigest()
     if digest != MD5:
         raise ValueError(f"{archive} has the md5 sum {digest} instead of {MD5}: remove it to fetch it again")

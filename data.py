@@ -33,6 +33,7 @@ import run
 import scenes
 from files import (ADE20K_SEGMENTS, FIELDS, LAYOUTS, NO_LABEL, READER_VERSION, VALIDATION_SHARE, Preparation,
                    Record, UnreadableError, open_field)
+from outputs import printable
 from scenes import draw_keypoints
 
 OFFERED = {"scenes": (*FIELDS, "class"), "cifar10": ("image", "class"), "folder": (*FIELDS, "class"),
@@ -156,8 +157,8 @@ class Files:
         for index, sentence in unreadable.items():
             if index not in self.unreadable:
                 self.unreadable.add(index)
-                print(f"skipped in training, {len(self.unreadable)} of {len(self):,} so far: {sentence}",
-                      flush=True)
+                print(f"skipped in training, {len(self.unreadable)} of {len(self):,} so far: "
+                      f"{printable(sentence)}", flush=True)
         if len(self.unreadable) > self.tolerated:
             raise ValueError(f"{len(self.unreadable)} of {len(self):,} training pictures cannot be read, and "
                              f"at most {self.tolerated} may be skipped: remove or replace those named above")

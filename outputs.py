@@ -52,6 +52,11 @@ def replacing(path: Path, advice: str) -> Iterator[Path]:
             part.unlink()
 
 
+def printable(text: str) -> str:
+    """On one line: newlines, and bytes that are no UTF-8, which files' names may hold, are replaced."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def announce(text: str):
     """Print a line, from the first process only."""
     if os.environ.get("RANK", "0") == "0":
@@ -84,7 +89,8 @@ def claim(folder: Path, first_step: int) -> TextIO:
         for part in folder.glob(f"{name}.part"):
             part.unlink()
     log, kept = folder / "log.jsonl", []
-    for line in log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else ():
+    lines = log.read_text(errors="replace").splitlines(keepends=True) if first_step and log.exists() else []
+    for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # torn, maybe just before its newline
             if line.endswith("\n") and json.loads(line)["step"] <= first_step:
                 kept.append(line)
@@ -214,7 +220,7 @@ class Log:
                  name_batch: Callable[[int], str]):
         self.path, self.process, self.steps = config.folder / "log.jsonl", process, config.steps
         self.unit, self.units_per_step, self.checkpoint_every = unit, units_per_step, config.checkpoint_every
-        self.began = self.last = self.stopped = time.perf_counter()
+        self.began = self.last = self.stopped = time.perf_counter()  # of the run; of steps; their end
         self.first_step = self.last_step = self.step = first_step
         self.name_batch, self.added = name_batch, {}  # name → step → value
         if process.rank == 0:
@@ -264,7 +270,10 @@ class Log:
         return path
 
     def line(self, step: int, text: str, values: dict):
-        """Print `step … · text · speed · memory · time left`, and append the values to log.jsonl."""
+        """Print `step … · text · speed · memory · time left`, and append the values to log.jsonl.
+
+        The speed is that of the steps before `means` was called.
+        """
         seconds = (self.stopped - self.last) / (step - self.last_step)
         self.last, self.last_step = time.perf_counter(), step
         left = (self.last - self.began) / (step - self.first_step) * (self.steps - step)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from outputs import announce, load_checkpoint
+from outputs import announce, load_checkpoint, printable
 
 
 class UsageError(ValueError):
@@ -286,7 +286,7 @@ def kill_workers():
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """Exit status and sentence for an error that is no mistake of ours; raises those that may be."""
+    """Exit status and sentence for an error that a user can mend; any other is raised again."""
     text, kind = str(error).strip(), type(error).__name__
     if isinstance(error, KeyboardInterrupt):
         return 130, text or "interrupted; checkpoints and finished code caches are intact"
@@ -323,9 +323,7 @@ def command_line(main: Callable[[], None]):
     if message and (first or status != 130):
         if not first:
             time.sleep(3)  # rank 0 reports a mistake that all ranks make; torchrun then ends the others
-        # A file's name in it may hold newlines, and bytes that are no UTF-8.
-        line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message)
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: {printable(message)}", file=sys.stderr, flush=True)
     if torch.distributed.is_initialized():
         if status == 0:
             torch.distributed.destroy_process_group()  # after an error it could wait for the others

@@ -160,10 +160,11 @@ def main(argv: list[str] | None = None):
 def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int, int]:
     """The rows that the flags ask for, the samples in each, and those in all. Raises UsageError."""
     f, layout, stage = prior.image.vq.config.downsampling, prior.layout, prior.stages.get(prior.condition)
-    flag = "condition" if stage else prior.condition  # which names this model's conditions, if any
+    flag = "condition" if stage else prior.condition  # --class or --condition names its conditions; or None
     named = [name for name, value in (("class", config.class_), ("condition", config.condition)) if value]
-    for name in set(named) - {flag}:
-        raise run.UsageError(f"--{name} does not fit {config.checkpoint}, which was trained with "
+    if named not in ([], [flag]):
+        wrong = next(name for name in named if name != flag)
+        raise run.UsageError(f"--{wrong} does not fit {config.checkpoint}, which was trained with "
                              f"--condition {prior.condition or 'none'}")
     if config.data_dir and not flag:
         raise run.UsageError("--data-dir has no effect here: this model has no condition")
@@ -171,10 +172,11 @@ def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int, int]:
                                zip(config.shape, (layout.height, layout.width))):
         raise run.UsageError(f"size is {config.size}; both must be multiples of {f}, and at least "
                              f"{layout.height * f}x{layout.width * f}, as in training")
-    if config.size and stage and (not named or stage.side != layout.height):
-        raise run.UsageError("--size needs a --condition of that size, and maps of as many codes as the "
-                             f"pictures: this model's have {stage.side}×{stage.side}, its pictures "
-                             f"{layout.height}×{layout.width}")
+    if config.size and stage and stage.side != layout.height:
+        raise run.UsageError(f"--size needs maps of as many codes as the pictures: this model's have "
+                             f"{stage.side}×{stage.side}, its pictures {layout.height}×{layout.width}")
+    if config.size and stage and not named:
+        raise run.UsageError("--size needs a --condition of that size")
     if config.scales_from or config.complete:
         if flag and not named and not layout.null_token:
             raise run.UsageError(f"this model needs a condition ({prior.condition}); name one with --{flag}")

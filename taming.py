@@ -12,6 +12,7 @@ import math
 import re
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +26,14 @@ IGNORED = {  # in each group beside the network: the losses, colors of segmentat
 # CelebA-HQ's, COCO-Stuff's and those of the two scene models: (n_layer, n_embd) → n_head.
 RELEASED_HEADS = {(24, 1664): 16, (32, 1280): 16, (36, 1536): 16, (40, 1408): 16}
 LEVELS, BLOCKS, LAYERS = r"encoder\.down\.(\d+)\.", r"encoder\.down\.0\.block\.(\d+)\.", r"blocks\.(\d+)\."
-# Parts of our names of weights → theirs; `vq_layers` has those of the numbered layers.
+# Parts of our names of weights → theirs, replaced in this order, after the numbered layers of `vq_layers`.
 VQ_NAMES = {"quantizer.codebook": "quantize.embedding.weight", ".out.": ".proj_out.",
             ".layers.0.": ".norm1.", ".layers.2.": ".conv1.",
             ".layers.3.": ".norm2.", ".layers.5.": ".conv2.", ".shortcut.": ".nin_shortcut."}
 GPT_NAMES = {"token_embedding.weight": "tok_emb.weight", "position_embedding.weight": "pos_emb",
              "norm.": "ln_f.", ".norm_1.": ".ln1.", ".norm_2.": ".ln2.",
              ".attention.out.": ".attn.proj.", ".attention.qkv.": ".attn.qkv."}
+
 
 class Placeholder:
     """Replaces any object but a tensor: accepts its constructor's arguments and its state, keeps nothing."""
@@ -50,11 +52,10 @@ class PlaceholderDict:
         return OrderedDict()
 
 
-def read(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a file, by their names; mapped from the disk, so the file must not change meanwhile.
+def load(path: str | Path) -> Any:
+    """All that a file holds, mapped from the disk, with placeholders for whatever it imports beside tensors.
 
-    Whatever else the file imports, it gets placeholders. Raises FileNotFoundError; ValueError for a file of
-    another kind, or one that imports os or sys.
+    Raises FileNotFoundError; ValueError for a damaged file, or one that imports os or sys.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; name a file of taming-transformers")
@@ -63,32 +64,40 @@ def read(path: str | Path) -> dict[str, Tensor]:
         placeholders = [(PlaceholderDict if name.lower().endswith("dict") else Placeholder, name)
                         for name in names]
         with torch.serialization.safe_globals(placeholders):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path} is damaged, or was not written by torch.save of version 1.6 or later "
                          f"({type(error).__name__})") from None
-    # Operators, not methods, which a file can shadow by attributes of its OrderedDicts.
+
+
+def recognizes(path: str | Path) -> bool:
+    """Whether a file is theirs: it has a "state_dict". False for one whose reader will say what is wrong."""
+    try:
+        content = load(path)
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(content, dict) and "state_dict" in content
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The weights in a file, by their names; mapped from the disk, so the file must not change meanwhile.
+
+    Raises ValueError for a file of another kind; otherwise as `load`.
+    """
+    # Operators and `detach`: a file can give its dicts and tensors attributes that shadow their methods.
+    content, weights = load(path), {}
     state = content["state_dict"] if isinstance(content, dict) and "state_dict" in content else None
     if not isinstance(state, dict) or not state:
         raise ValueError(f'{path} has no "state_dict": it is not a file of taming-transformers')
-    weights = {key: state[key] for key in state}
-    for key, weight in weights.items():
-        if (not isinstance(key, str) or type(weight) not in (Tensor, torch.nn.Parameter)
-                or weight.layout != torch.strided or weight.device.type != "cpu" or weight.is_quantized
-                or weight.is_complex()):
+    for key in state:
+        is_tensor = type(state[key]) in (Tensor, torch.nn.Parameter)
+        weight = weights[key] = Tensor.detach(state[key]) if is_tensor else None
+        if (not isinstance(key, str) or not is_tensor or weight.layout != torch.strided
+                or weight.device.type != "cpu" or weight.is_quantized or weight.is_complex()):
             raise ValueError(f"{path} has {key!r} in its state_dict, which is not a tensor with a name")
         if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
             raise ValueError(f"{path} has too few numbers for the shape {tuple(weight.shape)} of {key!r}")
     return weights
-
-
-def recognizes(path: str | Path) -> bool:
-    """Whether a file is theirs. False for one that cannot be read: the reader of ours will say why."""
-    try:
-        read(path)
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
 
 
 def network(path: str | Path, group: str) -> dict[str, Tensor]:

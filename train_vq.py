@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     process = run.start(config)
     device, rank, world = process
 
-    # A run that goes on knows how many labels its masks have: other ones are refused.
+    # A run that goes on prepares its pictures as before, and refuses masks with further labels.
     preparation = Preparation(**checkpoint["preparation"]) if checkpoint else config.preparation
     with process.first_alone():  # it may have to download
         name = "scenes" if config.benchmark else config.data  # they can be drawn in any size

@@ -184,7 +184,7 @@ class Quantizer(nn.Module):
         chosen = self.codebook[codes].permute(0, 3, 1, 2)  # (B, D, h, w)
         loss = (F.mse_loss(chosen, latents.detach())
                 + self.commitment_weight * F.mse_loss(latents, chosen.detach()))
-        quantized = chosen.detach() + (latents - latents.detach())  # value of `chosen`, gradient of `latents`
+        quantized = chosen.detach() + (latents - latents.detach())  # the bracket is 0, with gradient 1
         return quantized, codes, loss
 
 
@@ -202,7 +202,9 @@ class VQ(nn.Module):
                 layer.num_groups = norm_groups(layer.num_channels, config.group_channels)
             if isinstance(layer, ResidualBlock):
                 layer.gradient_checkpointing = gradient_checkpointing
-        if compiled:  # all but the last layer: λ takes the gradient there (losses.py)
+        # Functions, since torch.compile traces no module of torch's from its own forward on; all but the last
+        # layer, where λ takes the gradient (losses.py).
+        if compiled:
             encode, body, last = self.encoder[:], self.decoder[:-1], self.decoder[-1]  # the same layers
             self.encoder.forward = torch.compile(lambda images: encode(images), dynamic=False)
             decode = torch.compile(lambda quantized: body(quantized), dynamic=False)

@@ -122,7 +122,7 @@ def test_a_link_to_nothing_is_named(tmp_path):
 
 
 def test_any_file_name_can_be_listed_hashed_and_named_in_one_line(tmp_path, capsys):
-    """Names of bytes that are no UTF-8, and of two lines."""
+    """Names of bytes that are no UTF-8, and of two lines, also of a file that is skipped in training."""
     for name in (b"caf\xe9", b"two\nlines"):
         place = os.path.join(os.fsencode(tmp_path), name)
         os.makedirs(os.path.join(place, b"val"))
@@ -137,6 +137,9 @@ def test_any_file_name_can_be_listed_hashed_and_named_in_one_line(tmp_path, caps
                 run.command_line(fails)
             line = capsys.readouterr().err
             assert line.count("\n") == 1 and line.encode() and str(tmp_path) in line
+        dataset.report({0: f"{folder} cannot be read"})
+        line = capsys.readouterr().out
+        assert line.count("\n") == 1 and line.encode() and str(tmp_path) in line
 
 
 # Folders: classes

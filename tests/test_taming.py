@@ -27,6 +27,7 @@ from torch import Tensor
 import taming
 from gpt import GPT, GPTConfig
 from orderings import ORDERINGS
+from stages import FirstStage
 from vq import VQ, VQConfig
 
 # What their network computes, with weights w by their names
@@ -408,13 +409,16 @@ def test_objects_that_are_no_plain_weights_are_refused_whatever_they_pretend(tmp
     weights, name = random_weights(vq_shapes()), "encoder.conv_in.weight"
     shadowed = collections.OrderedDict(state_dict=weights)
     shadowed.get = "not a method"
+    weights[name].float = torch.Size
+    assert VQ.from_taming(write(tmp_path / "x.ckpt", weights)).config.codebook_size == 20
     torch.save(shadowed, tmp_path / "shadowed.ckpt")
     assert VQ.from_taming(tmp_path / "shadowed.ckpt").config.codebook_size == 20
-    weight = weights[name]
+    weight = weights[name].detach()
     for odd in (weight.to_sparse(), weight.to("meta"), weight.to(torch.complex64),
                 torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), weight[:1].expand(10**12, 3, 3, 3)):
-        with pytest.raises(ValueError, match=f"'{name}' in its state_dict, which is not|is damaged|too few"):
-            VQ.from_taming(write(tmp_path / "odd.ckpt", weights | {name: odd}))
+        for load in (VQ.from_taming, FirstStage.load):
+            with pytest.raises(ValueError, match=f"'{name}' in its state_dict, which is not|is damaged|too few"):
+                load(write(tmp_path / "odd.ckpt", weights | {name: odd}))
 
 
 def test_the_trainers_objects_are_skipped_without_the_trainer(tmp_path, monkeypatch):
