@@ -174,8 +174,9 @@ class Prior:
             raise ValueError(f"{path} writes in an order that is none of {', '.join(ORDERINGS)}")
         layout = TokenLayout(image.codebook_size, side, side, order)
         gpt.config = replace(gpt.config, vocab_size=layout.vocab_size)
-        for table in (gpt.token_embedding, gpt.head):  # one row more
-            table.weight = nn.Parameter(torch.cat([table.weight, table.weight[:1]]).detach())
+        embedding, head = gpt.token_embedding.weight.detach(), gpt.head.weight.detach()
+        gpt.token_embedding.weight = nn.Parameter(torch.cat([embedding, embedding[:1]]))
+        gpt.head.weight = nn.Parameter(torch.cat([head, torch.zeros_like(head[:1])]))
         return cls(gpt, layout, {"image": image}, {})
 
     def state(self) -> dict:

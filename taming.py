@@ -9,10 +9,11 @@ A Net2NetTransformer's file has the GPT under `transformer.` and the VQ model un
 VQModel's has the latter alone, with no prefix. *Ours* are the names in vq.py and gpt.py, *theirs* the file's.
 """
 import math
+import pickletools
 import re
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +34,15 @@ VQ_NAMES = {"quantizer.codebook": "quantize.embedding.weight", ".out.": ".proj_o
 GPT_NAMES = {"token_embedding.weight": "tok_emb.weight", "position_embedding.weight": "pos_emb",
              "norm.": "ln_f.", ".norm_1.": ".ln1.", ".norm_2.": ".ln2.",
              ".attention.out.": ".attn.proj.", ".attention.qkv.": ".attn.qkv."}
+# The full names of the trainer's classes and functions. A file that imports any other is refused.
+TRAINER = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities|torchmetrics|fsspec|omegaconf|taming"
+    r"|numpy|collections|typing|argparse|pathlib|datetime|enum|uuid|torch\.optim|torch\.nn)\..+"
+    r"|builtins\.(bool|bytes|dict|float|frozenset|int|list|object|range|slice|str|tuple)")
 
 
 class Placeholder:
-    """Replaces any object but a tensor: accepts its constructor's arguments and its state, keeps nothing."""
+    """Replaces an object of the trainer: accepts its constructor's arguments and its state, keeps nothing."""
 
     def __init__(self, *args):
         pass
@@ -52,52 +58,54 @@ class PlaceholderDict:
         return OrderedDict()
 
 
-def load(path: str | Path) -> Any:
-    """All that a file holds, mapped from the disk, with placeholders for whatever it imports beside tensors.
-
-    Raises FileNotFoundError; ValueError for a damaged file, or one that imports os or sys.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; name a file of taming-transformers")
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        placeholders = [(PlaceholderDict if name.lower().endswith("dict") else Placeholder, name)
-                        for name in names]
-        with torch.serialization.safe_globals(placeholders):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # damaged bytes can raise anything
-        raise ValueError(f"{path} is damaged, or was not written by torch.save of version 1.6 or later "
-                         f"({type(error).__name__})") from None
-
-
 def recognizes(path: str | Path) -> bool:
-    """Whether a file is theirs: it has a "state_dict". False for one whose reader will say what is wrong."""
+    """Whether a file is theirs: it has a "state_dict", and not our "kind" and "model_config".
+
+    The pickle is disassembled, not run. False for a file that cannot be read, whose reader will say why.
+    """
     try:
-        content = load(path)
-    except (FileNotFoundError, ValueError):
+        with zipfile.ZipFile(path) as file:
+            pickled = next(name for name in file.namelist() if name.endswith("/data.pkl"))
+            words = {argument for _, argument, _ in pickletools.genops(file.read(pickled))}
+    except Exception:  # damaged bytes can raise anything
         return False
-    return isinstance(content, dict) and "state_dict" in content
+    return "state_dict" in words and not {"kind", "model_config"} <= words
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
     """The weights in a file, by their names; mapped from the disk, so the file must not change meanwhile.
 
-    Raises ValueError for a file of another kind; otherwise as `load`.
+    Raises FileNotFoundError; ValueError for a file of another kind, or one that imports anything but tensors
+    and the trainer's classes.
     """
-    # Operators and `detach`: a file can give its dicts and tensors attributes that shadow their methods.
-    content, weights = load(path), {}
-    state = content["state_dict"] if isinstance(content, dict) and "state_dict" in content else None
-    if not isinstance(state, dict) or not state:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; name a file of taming-transformers")
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        refused = sorted(name for name in names if not TRAINER.fullmatch(name))
+        placeholders = [(PlaceholderDict if name.lower().endswith("dict") else Placeholder, name)
+                        for name in names]
+        if not refused:
+            with torch.serialization.safe_globals(placeholders):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # damaged bytes can raise anything
+        raise ValueError(f"{path} is damaged, or was not written by torch.save of version 1.6 or later "
+                         f"({type(error).__name__})") from None
+    if refused:
+        raise ValueError(f"{path} was not opened: it imports {refused[0]}, which no file of "
+                         "taming-transformers does; nothing in it was run")
+    # Methods are called on dict and Tensor, since a file can shadow those of its objects.
+    weights = dict.get(content, "state_dict") if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not dict.__len__(weights):
         raise ValueError(f'{path} has no "state_dict": it is not a file of taming-transformers')
-    for key in state:
-        is_tensor = type(state[key]) in (Tensor, torch.nn.Parameter)
-        weight = weights[key] = Tensor.detach(state[key]) if is_tensor else None
-        if (not isinstance(key, str) or not is_tensor or weight.layout != torch.strided
-                or weight.device.type != "cpu" or weight.is_quantized or weight.is_complex()):
+    for key, weight in dict.items(weights):
+        if (not isinstance(key, str) or type(weight) not in (Tensor, torch.nn.Parameter)
+                or weight.layout != torch.strided or weight.device.type != "cpu" or weight.is_quantized
+                or weight.is_complex()):
             raise ValueError(f"{path} has {key!r} in its state_dict, which is not a tensor with a name")
         if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
             raise ValueError(f"{path} has too few numbers for the shape {tuple(weight.shape)} of {key!r}")
-    return weights
+    return {key: Tensor.detach(weight) for key, weight in dict.items(weights)}
 
 
 def network(path: str | Path, group: str) -> dict[str, Tensor]:

@@ -1,4 +1,6 @@
 """What the kernel files share: Triton where the system has it, the GPU's size, the timing of their tables."""
+import functools
+
 import torch
 from torch.utils.benchmark import Timer
 
@@ -25,11 +27,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+capability = functools.cache(torch.cuda.get_device_capability)  # asked for at each call of a kernel
+
+
 @torch.compiler.assume_constant_result  # torch.compile asks once
 def has_tf32(device: torch.device) -> bool:
     """Whether Triton is there, and tensor cores multiply TF32 and bfloat16: NVIDIA GPUs since Ampere."""
     return (HAS_TRITON and device.type == "cuda" and torch.version.hip is None
-            and torch.cuda.get_device_capability(device) >= (8, 0))
+            and capability(device) >= (8, 0))
 
 
 def cdiv(a: int, b: int) -> int:

@@ -192,7 +192,7 @@ def test_cifar10_without_files_or_with_a_broken_download_says_which_file_to_put_
             cifar10_validation(tmp_path / "new")
         for part in (str(tmp_path / "new"), "cifar-10-binary.tar.gz", cifar10_module.URL, "--data-dir"):
             assert part in str(error.value)
-    assert not list((tmp_path / "new").iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("fetched", [False, True])
