@@ -43,43 +43,61 @@ class Scene(NamedTuple):
 class Canvas:
     """Paints shapes back to front on a picture, its segmentation and its depth.
 
-    A shape is its signed distances from the pixels' centers, (S, S).
+    A shape is (window, distance): the rows and columns that hold all of it, and the signed distances (rows,
+    columns) there, or (N, rows, columns) for N parts that are painted one after another.
     """
 
     def __init__(self, size: int, background: tuple):
         self.size = size
-        self.x = (np.arange(size, dtype=np.float32) + 0.5) / size  # (S,) of the pixels' centers
-        self.y = self.x[:, None]  # (S, 1)
+        self.centers = (np.arange(size, dtype=np.float32) + 0.5) / size  # (S,) of pixels
         self.image = np.zeros((3, size, size), np.float32) + np.float32(background)[:, None, None]
         self.segmentation = np.zeros((size, size), np.uint8)
         self.depth = np.full((size, size), -1, np.float32)
 
-    def paint(self, distance: ndarray, segment: str, depth: ndarray | float, colour: tuple):
-        """Cover the inside of a shape, and its edge in part, with a colour (3,) in [0, 255]."""
-        coverage = (0.5 - distance * self.size).clip(0, 1)
-        self.image += coverage * (np.float32(colour)[:, None, None] - self.image)
-        np.copyto(self.segmentation, SEGMENTS.index(segment), where=distance < 0)
-        np.copyto(self.depth, depth, where=distance < 0, casting="same_kind")
+    def paint(self, shape: tuple, segment: str, depth: ndarray | float, *colours: tuple):
+        """Cover the inside of a shape, and its edge in part; a colour (3,) in [0, 255] for each part."""
+        (rows, columns), distance = shape
+        image = self.image[:, rows, columns]
+        distance = distance.reshape(len(colours), *distance.shape[-2:])
+        coverages = (0.5 - distance * self.size).clip(0, 1)
+        for coverage, colour in zip(coverages, np.float32(colours)[:, :, None, None]):
+            image += coverage * (colour - image)
+        inside = (distance < 0).any(0)
+        np.copyto(self.segmentation[rows, columns], SEGMENTS.index(segment), where=inside)
+        np.copyto(self.depth[rows, columns], depth, where=inside, casting="same_kind")
 
-    def disc(self, x: float, y: float, radius: float) -> ndarray:
-        return np.hypot(self.x - x, self.y - y) - radius
+    def window(self, left: float, top: float, right: float, bottom: float) -> tuple:
+        """(rows, columns) of a box and a pixel around it, their x (columns,) and their y (rows, 1)."""
+        columns, rows = (slice(max(0, int(first * self.size) - 1), max(0, int(last * self.size) + 2))
+                         for first, last in ((left, right), (top, bottom)))
+        return (rows, columns), self.centers[columns], self.centers[rows, None]
 
-    def box(self, x: float, y: float, width: float, height: float) -> ndarray:
+    def disc(self, x: float, y: float, radius: float) -> tuple:
+        window, xs, ys = self.window(x - radius, y - radius, x + radius, y + radius)
+        return window, np.hypot(xs - x, ys - y) - radius
+
+    def box(self, x: float, y: float, width: float, height: float) -> tuple:
         """The box that stands with the middle of its lower edge on (x, y)."""
-        beside = np.abs(self.x - x) - width / 2
-        return np.maximum(beside, np.abs(self.y - (y - height / 2)) - height / 2)
+        window, xs, ys = self.window(x - width / 2, y - height, x + width / 2, y)
+        beside = np.abs(xs - x) - width / 2
+        return window, np.maximum(beside, np.abs(ys - (y - height / 2)) - height / 2)
 
-    def triangle(self, x: float, y: float, width: float, height: float) -> ndarray:
+    def triangle(self, x: float, y: float, width: float, height: float) -> tuple:
         """The upright triangle whose lower edge has its middle on (x, y)."""
-        sides = np.abs(self.x - x) * height + (self.y - y + height) * -width / 2
-        return np.maximum(sides / np.hypot(height, width / 2), self.y - y)
+        slope = np.hypot(height, width / 2)
+        edge = (width + slope) / min(width, height) / self.size  # at sharp corners it reaches farther out
+        window, xs, ys = self.window(x - width / 2 - edge, y - height - edge, x + width / 2 + edge, y)
+        sides = (np.abs(xs - x) * height + (ys - y + height) * -width / 2) / slope
+        return window, np.maximum(sides, ys - y)
 
-    def limb(self, start: ndarray, end: ndarray, thickness: float) -> ndarray:
-        """The line between two points (2,) with round ends."""
-        (x, y), (dx, dy) = start, end - start
-        xs, ys = self.x - x, self.y - y  # (S,), (S, 1)
-        t = ((xs * dx + ys * dy) / max(dx * dx + dy * dy, 1e-12)).clip(0, 1)  # (S, S): where along the line
-        return np.hypot(xs - t * dx, ys - t * dy) - thickness / 2
+    def limbs(self, starts: ndarray, ends: ndarray, thickness: ndarray) -> tuple:
+        """The lines between N pairs of points (N, 2) with round ends, thickness (N,)."""
+        radius, points = thickness[:, None, None] / 2, np.stack([starts, ends])  # (N, 1, 1), (2, N, 2)
+        window, xs, ys = self.window(*points.min((0, 1)) - radius.max(), *points.max((0, 1)) + radius.max())
+        (x, y), (dx, dy) = starts.T[:, :, None, None], (ends - starts).T[:, :, None, None]  # (N, 1, 1) each
+        xs, ys = xs - x, ys - y  # (N, 1, columns), (N, rows, 1)
+        t = ((xs * dx + ys * dy) / np.maximum(dx * dx + dy * dy, 1e-12)).clip(0, 1)  # (N, rows, columns)
+        return window, np.hypot(xs - t * dx, ys - t * dy) - radius
 
 
 def draw_scene(split: str, index: int, size: int) -> Scene:
@@ -89,8 +107,9 @@ def draw_scene(split: str, index: int, size: int) -> Scene:
     canvas = Canvas(size, SKIES[sky])
     sun = canvas.disc(random.integers(1, 8) / 8, random.integers(1, 3) / 8 + 1 / 32, 0.09)
     canvas.paint(sun, "sun", -1, SUNS[sky])
-    nearness = (canvas.y - HORIZON) / (1 - HORIZON)  # (S, 1): 0 at the horizon, 1 at the lower edge
-    canvas.paint(HORIZON - canvas.y, "ground", 2 * nearness - 1, GROUNDS[ground])
+    window, _, ys = canvas.window(0, HORIZON, 1, 1)
+    nearness = (ys - HORIZON) / (1 - HORIZON)  # (rows, 1): 0 at the horizon, 1 at the lower edge
+    canvas.paint((window, HORIZON - ys), "ground", 2 * nearness - 1, GROUNDS[ground])
 
     side = random.integers(2)  # the person stands in one half of the picture, the largest object in the other
     person = random.choice([0.625, 0.875])  # nearness of the feet, as that of the objects below
@@ -153,10 +172,9 @@ def paint_person(canvas: Canvas, random: np.random.Generator, side: int, near: f
     shirt = PAINTS[random.integers(len(PAINTS))]
     limbs = [*LIMBS[6:], *LIMBS[1:6], (0, 0)]  # legs, body, arms and head, one upon the other
     colours = [*[TROUSERS] * 4, shirt, *[shirt, SKIN] * 2, SKIN]
-    thickness = [0.11] * 4 + [0.2] + [0.09] * 4 + [0.2]  # in body heights
-    for (a, b), colour, width in zip(limbs, colours, thickness):
-        limb = canvas.limb(keypoints[a], keypoints[b], height * width)
-        canvas.paint(limb, "person", 2 * near - 1, colour)
+    thickness = height * np.array([0.11] * 4 + [0.2] + [0.09] * 4 + [0.2])
+    starts, ends = keypoints[np.transpose(limbs)]  # (N, 2) each
+    canvas.paint(canvas.limbs(starts, ends, thickness), "person", 2 * near - 1, *colours)
     return keypoints
 
 

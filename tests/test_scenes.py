@@ -59,15 +59,20 @@ SHAPES = [("disc", (0.4, 0.5, 0.2), (0.2, 0.6, 0.3, 0.7), np.pi * 0.04),
           ("box", (0.401, 0.802, 0.3, 0.5), (0.25, 0.55, 0.3, 0.8), 0.15),
           ("triangle", (0.4, 0.8, 0.4, 0.6), (0.2, 0.6, 0.2, 0.8), 0.12),
           ("triangle", (0.5, 0.7015, 0.8, 0.1), (0.1, 0.9, 0.6, 0.7), 0.04),
-          ("limb", ((0.2, 0.3), (0.6, 0.3), 0.1), (0.15, 0.65, 0.25, 0.35), 0.04 + np.pi * 0.05**2),
-          ("limb", ((0.2, 0.2), (0.2, 0.6), 0.1), (0.15, 0.25, 0.15, 0.65), 0.04 + np.pi * 0.05**2),
-          ("limb", ((0.5, 0.5), (0.5, 0.5), 0.4), (0.3, 0.7, 0.3, 0.7), np.pi * 0.04)]
+          ("limbs", ([[0.2, 0.3]], [[0.6, 0.3]], [0.1]), (0.15, 0.65, 0.25, 0.35), 0.04 + np.pi * 0.05**2),
+          ("limbs", ([[0.5, 0.5]], [[0.5, 0.5]], [0.4]), (0.3, 0.7, 0.3, 0.7), np.pi * 0.04),
+          ("limbs", ([[0.2, 0.2], [0.8, 0.5]], [[0.2, 0.6], [0.8, 0.5]], [0.1, 0.2]), (0.15, 0.9, 0.15, 0.65),
+           0.04 + np.pi * (0.05**2 + 0.1**2))]
 
 
 @pytest.mark.parametrize("name, arguments, box, area", SHAPES)
 def test_shapes_have_their_place_area_and_a_smooth_edge(name, arguments, box, area):
+    """In a window that holds all of them: what is painted fades to nothing before the window ends."""
     canvas = Canvas(200, (0, 0, 0))
-    canvas.paint(getattr(canvas, name)(*map(np.array, arguments)), "ball", 0.5, (200, 100, 50))
+    arguments = [np.array(argument) for argument in arguments] if name == "limbs" else arguments
+    parts = len(arguments[0]) if name == "limbs" else 1
+    window, _ = shape = getattr(canvas, name)(*arguments)
+    canvas.paint(shape, "ball", 0.5, *[(200, 100, 50)] * parts)
     inside = canvas.segmentation == SEGMENTS.index("ball")
     rows, columns = np.nonzero(inside)
     found = [columns.min() / 200, (columns.max() + 1) / 200, rows.min() / 200, (rows.max() + 1) / 200]
@@ -76,16 +81,21 @@ def test_shapes_have_their_place_area_and_a_smooth_edge(name, arguments, box, ar
     assert np.allclose(shares, shares[:1], atol=1e-5) and (canvas.depth[inside] == 0.5).all()
     if area:
         assert (inside.mean(), shares[0].mean()) == pytest.approx((area, area), rel=0.03)
+        edge = shares[0][window]
+        assert max(edge[0].max(), edge[-1].max(), edge[:, 0].max(), edge[:, -1].max()) < 1e-5
     partly = ((shares[0] > 0.01) & (shares[0] < 0.99)).sum()
     assert 0.2 * len(rows) ** 0.5 < partly < 6 * 200  # an edge about a pixel wide
 
 
 def test_distances_grow_by_one_along_a_line_into_a_shape():
     canvas = Canvas(100, (0, 0, 0))
-    for whole in (canvas.disc(0.5, 0.5, 0.2), canvas.box(0.5, 0.7, 0.4, 0.4),
-                  canvas.limb(np.array([0.3, 0.5]), np.array([0.7, 0.5]), 0.4)):
+    for (window, distance) in (canvas.disc(0.5, 0.5, 0.2), canvas.box(0.5, 0.7, 0.4, 0.4),
+                               canvas.limbs(np.array([[0.3, 0.5]]), np.array([[0.7, 0.5]]), np.array([0.4]))):
+        whole = np.full((100, 100), np.nan)
+        whole[window] = distance
         np.testing.assert_allclose(np.diff(whole[32:40, 50]), -0.01, atol=2e-5)
-    whole = canvas.triangle(0.5, 0.9, 0.6, 0.8)  # corners (0.2, 0.9), (0.8, 0.9), (0.5, 0.1)
+    window, distance = canvas.triangle(0.5, 0.9, 0.6, 0.8)  # corners (0.2, 0.9), (0.8, 0.9), (0.5, 0.1)
+    whole[window] = distance
     for row, column in ((80, 50), (40, 50), (60, 40), (85, 25), (88, 50)):
         x, y = (column + 0.5) / 100, (row + 0.5) / 100
         to_side = min(abs(0.8 * (x - end) - direction * 0.3 * (y - 0.9)) / np.hypot(0.3, 0.8)
