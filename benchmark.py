@@ -58,14 +58,18 @@ def benchmark_training(train_step: Callable[[], Any], config: Any, device: torch
     with torch.compiler.set_stance("force_eager"), CountOperations() as counted:
         train_step()
     measure(train_step)  # compiles, and chooses algorithms
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # the steps before may have taken more
     seconds = statistics.median(measure(train_step) for _ in range(5))
     rate = counted.flops / seconds
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     peak = next((peak for gpu, peak in PEAKS.items() if gpu in name), None)
     if not peak:
-        x = torch.rand(2048, 2048, device=device)
+        size = 8192 if device.type == "cuda" else 2048  # large enough not to measure the launch
+        x = torch.rand(size, size, device=device)
         with autocast(device):
-            peak = 2 * 2048**3 / min(measure(lambda: x @ x) for _ in range(5))
+            x = x @ x  # of the dtype that steps multiply in
+            peak = 2 * size**3 / min(measure(lambda: x @ x) for _ in range(5))
     announce(f"{seconds * 1e3:.4g} ms/step · {si(config.batch_size * units / seconds)} {unit}/s · "
              f"{rate / 1e12:.3g} of {peak / 1e12:.3g} TFLOP/s ({rate / peak:.0%} of {name}'s peak) · "
              f"{memory(device):.1f} GiB\n{config.steps:,} steps of {config.batch_size} pictures, "

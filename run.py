@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,8 +188,9 @@ class Process(NamedTuple):
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 for matrix products and convolutions on a GPU, float32 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """bfloat16 for matrix products and convolutions on GPUs that compute in it, float32 elsewhere."""
+    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -217,7 +219,9 @@ def start(config: Any) -> Process:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None,
+            timeout=timedelta(hours=2))  # the first process may download or list files for long
     torch.manual_seed(config.seed)
     return Process(device, rank, world)
 

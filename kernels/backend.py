@@ -27,6 +27,18 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@functools.cache
+def can_launch() -> bool:
+    """Whether Triton can build its launcher, for which it needs a C compiler and Python's headers."""
+    try:
+        triton.runtime.driver.active.get_current_device()
+    except Exception as error:  # RuntimeError without a compiler, CalledProcessError without Python.h
+        print(f"torch's kernels instead of Triton's, which need a C compiler and Python's headers: {error}",
+              flush=True)
+        return False
+    return True
+
+
 capability = functools.cache(torch.cuda.get_device_capability)  # asked for at each call of a kernel
 
 
@@ -34,7 +46,7 @@ capability = functools.cache(torch.cuda.get_device_capability)  # asked for at e
 def has_tf32(device: torch.device) -> bool:
     """Whether Triton is there, and tensor cores multiply TF32 and bfloat16: NVIDIA GPUs since Ampere."""
     return (HAS_TRITON and device.type == "cuda" and torch.version.hip is None
-            and capability(device) >= (8, 0))
+            and capability(device) >= (8, 0) and can_launch())
 
 
 def cdiv(a: int, b: int) -> int:

@@ -61,7 +61,8 @@ def common_offset(codebook: Tensor) -> Tensor:
     mean = codebook.mean(0)  # (D,)
     spread = torch.maximum(codebook.amax(0) - mean, mean - codebook.amin(0))  # (D,)
     spread = spread.maximum(mean.abs() * torch.finfo(codebook.dtype).eps)
-    step = torch.ldexp(torch.ones_like(spread), torch.frexp(spread).exponent)  # (D,)
+    exponent = torch.frexp(spread.cpu() if spread.device.type == "mps" else spread).exponent  # mps has none
+    step = torch.ldexp(torch.ones_like(spread), exponent.to(spread.device))  # (D,)
     offset = (mean / step + 0.5).floor() * step
     return torch.where(offset.isfinite(), offset, 0)
 
@@ -107,7 +108,7 @@ def common_offset_kernel(
         total += tl.sum(c, 0)
         low = tl.minimum(low, tl.min(tl.where(codes[:, None] < K, c, float("inf")), 0))
         high = tl.maximum(high, tl.max(tl.where(codes[:, None] < K, c, float("-inf")), 0))
-    mean = total / K
+    mean = tl.div_rn(total, tl.cast(K, tl.float32))  # `/` is not rounded correctly on a GPU
     spread = tl.maximum(tl.maximum(high - mean, mean - low), tl.abs(mean) * 1.1920929e-07)  # float32's eps
     # The exponent's bits alone are the power of two below the spread.
     step = 2 * (spread.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)

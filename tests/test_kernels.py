@@ -4,11 +4,13 @@ Oracles: slow loops in float64 that follow the formulas of the docstrings; numer
 Ties are looked for on small integers, where arithmetic is exact in whatever order a BLAS sums.
 """
 import math
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kernels import causal_attention, causal_attention_reference, nearest_code, nearest_code_reference
+from kernels import backend, causal_attention, causal_attention_reference, nearest_code, nearest_code_reference
 
 BOTH_ATTENTIONS = pytest.mark.parametrize("attention", [causal_attention_reference, causal_attention])
 
@@ -185,3 +187,27 @@ def test_attention_compiles_whole():
     for queries in (6, 3, 1):
         inputs = attention_inputs(1, 2, queries, 6, 4)
         assert torch.equal(whole(*inputs), causal_attention(*inputs))
+
+
+# ---- where the kernels run
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="no Triton")
+@pytest.mark.parametrize("capability, error, fits", [
+    ((9, 0), None, True), ((8, 0), None, True), ((7, 5), None, False),
+    ((9, 0), RuntimeError("Failed to find C compiler"), False),
+    ((9, 0), subprocess.CalledProcessError(1, "gcc"), False)])  # no Python.h
+def test_gpus_before_ampere_and_machines_without_a_compiler_get_torchs_kernels(
+        monkeypatch, capsys, capability, error, fits):
+    def get_current_device() -> int:
+        if error:
+            raise error
+        return 0
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_device=get_current_device))
+    monkeypatch.setattr(backend.triton.runtime, "driver", driver)
+    monkeypatch.setattr(backend, "capability", lambda device: capability)
+    backend.can_launch.cache_clear()
+    assert [backend.has_tf32(torch.device("cuda")) for _ in range(2)] == [fits, fits]
+    assert capsys.readouterr().out.count("C compiler and Python's headers") == bool(error)  # said once
+    backend.can_launch.cache_clear()

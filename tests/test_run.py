@@ -73,6 +73,11 @@ def test_values_and_devices_that_no_run_can_have_are_refused(monkeypatch):
     assert torch.equal(torch.rand(3), drawn)  # seeded
     with run.autocast(torch.device("cpu")):
         assert not torch.is_autocast_enabled("cpu")
+    for computes in (True, False):  # in bfloat16; a GPU before Ampere only emulates it
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: computes)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "autocast", lambda device, dtype, enabled: enabled)
+            assert run.autocast(torch.device("cuda")) == computes
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(run.UsageError, match="batch_size is 16, which cannot be shared evenly by 3"):
         run.start(config)
