@@ -11,7 +11,7 @@ python train_gpt.py --preset cifar10 --data-dir $1 --views 1 --n-layer 4 --n-emb
 python train_gpt.py --preset cifar10 --data-dir $1 --views 1 --n-layer 4 --n-embd 192 --n-head 3 --dropout 0 --batch-size 16 --lr 1.5e-3 \
     --warmup-steps 50 --pixels --steps 750 --eval-every 750 --checkpoint-every 250 --out runs/efficiency/pixels
 for kind in codes pixels; do
-    python sample.py --checkpoint runs/efficiency/$kind/checkpoint.pt --count 2000 --batch-size 125 --out runs/efficiency/$kind-samples/
+    python sample.py --checkpoint runs/efficiency/$kind/checkpoint.pt --count 5000 --batch-size 125 --out runs/efficiency/$kind-samples/
     python sample.py --checkpoint runs/efficiency/$kind/checkpoint.pt --count 32 --out results/efficiency/$kind.png
     cp runs/efficiency/$kind/log.jsonl results/efficiency/$kind.jsonl
 done
