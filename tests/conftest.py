@@ -20,14 +20,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """test_compile.py last: until then the kernels are compiled on the other core."""
-    items.sort(key=lambda item: item.path.name == "test_compile.py")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def compilers(request) -> Iterator[dict[str, subprocess.Popen]]:
-    """compile_kernels.py for both targets, if a test needs it, beside the tests."""
+    """compile_kernels.py for both targets, if a test needs it: on the other core, while the tests run."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     needed = any(item.path.name == "test_compile.py" for item in request.session.items)
     script = Path(__file__).with_name("compile_kernels.py")
