@@ -221,7 +221,7 @@ def start(config: Any) -> Process:
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None,
-            timeout=timedelta(hours=2))  # the first process may download or list files for long
+            timeout=timedelta(minutes=30))  # gloo's; NCCL's 10 may be too few for the first one's download
     torch.manual_seed(config.seed)
     return Process(device, rank, world)
 

@@ -44,7 +44,7 @@ capability = functools.cache(torch.cuda.get_device_capability)  # asked for at e
 
 @torch.compiler.assume_constant_result  # torch.compile asks once
 def has_tf32(device: torch.device) -> bool:
-    """Whether Triton is there, and tensor cores multiply TF32 and bfloat16: NVIDIA GPUs since Ampere."""
+    """Whether Triton works, and tensor cores multiply TF32 and bfloat16: NVIDIA GPUs since Ampere."""
     return (HAS_TRITON and device.type == "cuda" and torch.version.hip is None
             and capability(device) >= (8, 0) and can_launch())
 

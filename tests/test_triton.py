@@ -275,7 +275,8 @@ def test_huge_scores_pick_the_best_key_and_stay_finite_in_the_kernel():
     key = 100 * torch.eye(16, device=DEVICE).expand(1, 1, 16, 16)
     value, gradient = random(1, 1, 16, 16), random(1, 1, 16, 16, seed=1)
     results = output_and_gradients([100 * key, key, value], gradient)
-    torch.testing.assert_close(results[0], value, atol=0, rtol=1e-6)  # a GPU fuses score · scale − m
+    rounding = 0 if DEVICE.type == "cpu" else 1e-6  # a GPU fuses score · scale − m
+    torch.testing.assert_close(results[0], value, atol=0, rtol=rounding)
     assert all(result.isfinite().all() for result in results)
 
 

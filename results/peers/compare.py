@@ -13,7 +13,6 @@ that ours is faster.
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,11 +29,13 @@ from vector_quantize_pytorch import VectorQuantize
 
 for name in [name for name in sys.modules if name.split(".")[0] == "taming"]:
     del sys.modules[name]  # ours is a module of that name
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+ROOT = Path(__file__).resolve().parents[2]  # the repository
+sys.path[:0] = [str(ROOT), str(ROOT / "results" / "speed")]
 
 import losses
 from gpt import GPT
-from vq import VQ
+from rounds import alternate
+from vq import VQ, Quantizer, VQConfig
 
 ROUNDS, TOKENS = 3, 256
 NETWORK = {"double_z": False, "z_channels": 256, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
@@ -59,24 +60,21 @@ class TamingVQ(nn.Module):
         return self.decoder(self.post_quant_conv(quantized)), loss
 
 
-def saved(weights: dict[str, Tensor]) -> str:
-    path = Path(tempfile.mkdtemp()) / "theirs.ckpt"
-    torch.save({"state_dict": weights}, path)
-    return str(path)
+def ours_of(network: type[VQ] | type[GPT], weights: dict[str, Tensor]) -> nn.Module:
+    """Our network with the weights of a file of theirs."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "theirs.ckpt"
+        torch.save({"state_dict": weights}, path)
+        return network.from_taming(path)
 
 
 def compare(title: str, forms: dict[str, Callable[[], object]], rounds: int = ROUNDS):
     """Print each form's time; ratios of the other forms to ours, which is the first, from the same round."""
-    times = {name: [] for name in forms}
-    for _ in range(rounds + 1):  # the first warms up
-        for name, form in forms.items():
-            began = time.perf_counter()
-            form()
-            times[name].append(time.perf_counter() - began)
+    times = alternate(forms, rounds)
     ours, *others = times
-    text = f"{title}: {ours} {statistics.median(times[ours][1:]):.3g} s"
+    text = f"{title}: {ours} {statistics.median(times[ours]):.3g} s"
     for name in others:
-        ratios = sorted(a / b for a, b in zip(times[name][1:], times[ours][1:]))
+        ratios = sorted(a / b for a, b in zip(times[name], times[ours]))
         text += f" · {name} {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
     print(text, flush=True)
 
@@ -117,7 +115,7 @@ def our_step(vq: VQ, perceptual: losses.PerceptualLoss, images: Tensor) -> Calla
 
 def first_stage():
     theirs = TamingVQ().eval()
-    ours = VQ.from_taming(saved(theirs.state_dict())).to(memory_format=torch.channels_last)  # as train_vq.py on a CPU
+    ours = ours_of(VQ, theirs.state_dict()).to(memory_format=torch.channels_last)  # as train_vq.py on a CPU
     images = torch.rand(1, 3, 256, 256) * 2 - 1
     with torch.no_grad():
         codes, (_, _, (_, _, their_codes)) = ours.encode(images), theirs.encode(images)
@@ -137,7 +135,7 @@ def first_stage():
 def quantizer():
     latents = torch.randn(12, 256, 16, 16)  # the paper's batch
     codebook = torch.randn(1024, 256)
-    ours = VQ.from_taming(saved(TamingVQ().state_dict())).quantizer
+    ours = Quantizer(VQConfig())
     theirs = VectorQuantizer2(1024, 256, beta=0.25)
     lucidrains = VectorQuantize(256, 1024, accept_image_fmap=True, learnable_codebook=True, ema_update=False,
                                 rotation_trick=False)
@@ -158,7 +156,7 @@ def quantizer():
 
 def second_stage():
     theirs = mingpt.GPT(1025, TOKENS, n_layer=12, n_head=12, n_embd=768).eval()
-    ours = GPT.from_taming(saved({f"transformer.{name}": weight for name, weight in theirs.state_dict().items()}))
+    ours = ours_of(GPT, {f"transformer.{name}": weight for name, weight in theirs.state_dict().items()})
     hugging_face = GPT2LMHeadModel(GPT2Config(1025, TOKENS, 768, 12, 12, bos_token_id=1024, eos_token_id=None)).eval()
     tokens, prefix = torch.randint(1024, (2, TOKENS)), torch.full((1, 1), 1024)
     with torch.no_grad():

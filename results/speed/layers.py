@@ -8,7 +8,6 @@ last (`run.memory_format`). Medians of alternating rounds.
 """
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_vq
+from rounds import alternate
 from vq import VQ
 
 ROUNDS = 15
@@ -26,13 +26,7 @@ ROUNDS = 15
 
 def compare(title: str, forms: dict[str, Callable[[], object]]):
     """Print each form's time in ms, and as a ratio to the first one's."""
-    times = {name: [] for name in forms}
-    for _ in range(ROUNDS + 2):  # the first two warm up
-        for name, form in forms.items():
-            began = time.perf_counter()
-            form()
-            times[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(each[2:]) for name, each in times.items()}
+    medians = {name: statistics.median(each) for name, each in alternate(forms, ROUNDS, warm_up=2).items()}
     first = next(iter(medians.values()))
     print(f"{title}: " + ", ".join(f"{name} {1e3 * each:.1f} ms ({each / first:.2f})" for name, each in medians.items()))
 

@@ -6,7 +6,6 @@ The floor is a matrix–vector product over as many float32 numbers, 256 times. 
 """
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 from gpt import GPT, GPTConfig
+from rounds import alternate
 
 ROUNDS, TOKENS = 3, 256
 
@@ -29,13 +29,7 @@ def main():
         "cached": lambda: gpt.generate(prefix, TOKENS, sampled_tokens=1024),
         "cached, guidance 2": lambda: gpt.generate(prefix, TOKENS, sampled_tokens=1024, guidance=2.0, null_prefix=prefix),
     }
-    times = {name: [] for name in forms}
-    for attempt in range(ROUNDS + 1):  # the first warms up
-        for name, form in forms.items():
-            began = time.perf_counter()
-            form()
-            times[name].append(time.perf_counter() - began)
-    floor, cached, guided = (statistics.median(each[1:]) for each in times.values())
+    floor, cached, guided = map(statistics.median, alternate(forms, ROUNDS).values())
     print(f"{torch.get_num_threads()} CPU threads, {read:,} weights read a token: cached sampling takes {cached / floor:.2f} of "
           f"the floor, with guidance {guided / cached:.2f} times that")
 
