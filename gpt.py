@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import taming
-from kernels import causal_attention
+from kernels.causal_attention import attend_to_cache, causal_attention, kernels_fit
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,42 @@ class KeyValueCache:
         self.values = torch.empty_like(self.keys)
         self.length = 0  # positions filled
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new positions, (B, heads, T, d) each; return all, (B, heads, length + T, d)."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Write one layer's new positions; let them look at all: (B, heads, T, d) each → (B, heads, T, d)."""
         end = self.length + key.shape[2]
         assert end <= self.keys.shape[3], f"{end} tokens in a cache for {self.keys.shape[3]}"
         self.keys[layer, :, :, self.length:end] = key
         self.values[layer, :, :, self.length:end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return causal_attention(query, self.keys[layer, :, :, :end], self.values[layer, :, :, :end])
+
+
+class CapturedStep:
+    """A decoding step recorded as a CUDA graph: its launches, which take longer than their work, become one.
+
+    It goes on with a cache, whose length now lies in GPU memory, where each replay reads and increments it.
+    """
+
+    def __init__(self, gpt: "GPT", cache: KeyValueCache):
+        self.keys, self.values = cache.keys, cache.values
+        self.tokens = torch.zeros(self.keys.shape[1], 1, dtype=torch.int64, device=self.keys.device)  # (B, 1)
+        self.length = torch.tensor([cache.length], device=self.keys.device)
+        gpt(self.tokens, self)  # compiles the kernels; the first replay overwrites what this has written
+        self.length -= 1
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.logits = gpt(self.tokens, self)  # (B, 1, V)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As that of the cache, for one position: (B, heads, 1, d) each → (B, heads, 1, d)."""
+        self.keys[layer].index_copy_(2, self.length, key)
+        self.values[layer].index_copy_(2, self.length, value)
+        return attend_to_cache(query, self.keys[layer], self.values[layer], self.length)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """tokens (B, 1) → logits (B, 1, V), which the next step overwrites."""
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits
 
 
 class Attention(nn.Module):
@@ -91,13 +120,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: "KeyValueCache | CapturedStep | None") -> Tensor:
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # 3 × (B, heads, T, d)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, heads, length + T, d)
-        x = causal_attention(q, k, v)  # (B, heads, T, d)
+        x = cache.attend(self.layer, q, k, v) if cache else causal_attention(q, k, v)  # (B, heads, T, d)
         return self.dropout(self.out(x.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -168,24 +195,23 @@ class GPT(nn.Module):
         With a cache the tokens follow the `cache.length` tokens it has seen, and it is extended by them.
         Raises ValueError if the sequence outgrows `block_size`.
         """
-        start = 0 if cache is None else cache.length
-        end = start + tokens.shape[1]
-        if end > self.config.block_size:
-            raise ValueError(f"{end} tokens do not fit the {self.config.block_size} positions of this GPT "
-                             "(block_size)")
-        positions = torch.arange(start, end, device=tokens.device)  # (T,)
+        T, start = tokens.shape[1], cache.length if cache else 0
+        if not isinstance(start, Tensor) and start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit the {self.config.block_size} positions of this "
+                             "GPT (block_size)")
+        positions = start + torch.arange(T, device=tokens.device)  # (T,)
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # (B, T, C)
         for block in self.blocks:
             x = block(x, cache)
-        if cache is not None:
-            cache.length = end
+        if cache:
+            cache.length += T
         return self.head(self.norm(x))  # (B, T, V)
 
     @torch.no_grad()
     def generate(self, prefix: Tensor, steps: int, temperature: float = 1.0, top_k: int = 100,  # both §A.1
                  generator: torch.Generator | None = None, top_p: float = 1.0,
                  sampled_tokens: int | None = None, cached: bool = True, guidance: float = 1.0,
-                 null_prefix: Tensor | None = None) -> Tensor:
+                 null_prefix: Tensor | None = None, captured: bool = True) -> Tensor:
         """Continue a prefix: (B, P) int64 → (B, P + steps), the prefix first.
 
         Only tokens below `sampled_tokens` are drawn (None: the whole vocabulary), so that a null token or a
@@ -193,6 +219,7 @@ class GPT(nn.Module):
         fewest that together hold `top_p` of the probability. `cached=False` runs the whole sequence anew for
         each token: the same tokens, slower (results/efficiency). Classifier-free guidance takes the logits
         null + guidance·(conditional − null), where `null_prefix` (B, P) has no condition: one batch of both.
+        `captured`: on a GPU the steps with the cache become a CUDA graph, which draws the same tokens.
         Raises ValueError for an empty prefix, or if P + steps − 1 positions do not fit `block_size`.
         """
         Sampling(temperature, top_k, top_p, guidance)  # raises for what cannot be sampled with
@@ -212,11 +239,16 @@ class GPT(nn.Module):
                 raise ValueError("guidance needs a null_prefix of the prefix's shape")
             tokens = torch.cat([prefix, null_prefix])  # (2B, P)
         cache = KeyValueCache(self.config, len(tokens), P + steps, self.head.weight) if cached else None
+        captured = (captured and cached and steps > 8  # recording takes the time of two steps
+                    and kernels_fit(prefix.device, self.config.n_embd // self.config.n_head))
         self.eval()
         try:
-            for _ in range(steps):
-                new = tokens[:, cache.length:] if cached else tokens
-                logits = self(new, cache)[:, -1, :sampled_tokens].float()  # (B or 2B, V)
+            for step in range(steps):
+                new = tokens[:, -1:] if cached and step else tokens
+                if step == 1 and captured:
+                    recorded = CapturedStep(self, cache)
+                logits = recorded(new) if step and captured else self(new, cache)  # (B or 2B, 1 or more, V)
+                logits = logits[:, -1, :sampled_tokens].float()  # (B or 2B, V)
                 if guidance != 1:
                     conditional, null = logits.chunk(2)
                     logits = null + guidance * (conditional - null)  # (B, V)

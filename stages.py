@@ -201,7 +201,7 @@ class Prior:
     @torch.no_grad()
     def sample(self, count: int, condition: Tensor | None = None, given: Tensor | None = None,
                sampling: Sampling = Sampling(), generator: torch.Generator | None = None,
-               cached: bool = True, steps: int | None = None) -> Tensor:
+               cached: bool = True, steps: int | None = None, captured: bool = True) -> Tensor:
         """Draw image tokens (count, T) int64 in the model's own order; with `steps` only so many.
 
         `condition`: labels (count,) or codes of a map (count, h, w); None: unconditional. `given` (count, G):
@@ -221,7 +221,8 @@ class Prior:
         with run.autocast(device):
             tokens = self.gpt.generate(
                 prefixes[0], length if steps is None else steps, sampling.temperature, sampling.top_k,
-                generator, sampling.top_p, self.layout.codebook_size, cached, sampling.guidance, prefixes[-1])
+                generator, sampling.top_p, self.layout.codebook_size, cached, sampling.guidance, prefixes[-1],
+                captured)
         return tokens[:, self.layout.prefix_length:]  # (B, T)
 
     @torch.no_grad()

@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     # Seeded again: the weights must not depend on whether a first stage was trained just before.
     torch.manual_seed(config.seed)
     gpt = GPT(config.model(layout)).to(device)
-    model = torch.compile(gpt) if config.compile else gpt
+    model = torch.compile(gpt, mode=process.compile_mode) if config.compile else gpt
     model = DistributedDataParallel(model) if world > 1 else model
     prior = Prior(gpt, layout, stages, trained_on)
     optimizer = torch.optim.AdamW(gpt.parameter_groups(config.weight_decay), config.lr,

@@ -42,6 +42,11 @@ def can_launch() -> bool:
 capability = functools.cache(torch.cuda.get_device_capability)  # asked for at each call of a kernel
 
 
+def generation(device: torch.device) -> int:
+    """Of a GPU: 8 is Ampere, 9 Hopper, 10 Blackwell; in the interpreter that of an H100 or H200."""
+    return capability(device)[0] if device.type == "cuda" else 9
+
+
 @torch.compiler.assume_constant_result  # torch.compile asks once
 def has_tf32(device: torch.device) -> bool:
     """Whether Triton works, and tensor cores multiply TF32 and bfloat16: NVIDIA GPUs since Ampere."""

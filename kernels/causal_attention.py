@@ -59,10 +59,7 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor):
 
 @triton.jit
 def head_of(x):
-    """Where this program's head begins in x, (B, heads, …): a pointer and its strides, in elements.
-
-    The grid is (blocks, heads, B).
-    """
+    """Where this program's head begins in x, (B, heads, …) with its strides; the grid: (blocks, heads, B)."""
     return x[0] + tl.program_id(2).to(tl.int64) * x[1][0] + tl.program_id(1).to(tl.int64) * x[1][1]
 
 
@@ -89,14 +86,16 @@ def forward_kernel(
     keys, values,  # (B, heads, T, d)
     outputs,  # (B, heads, Tq, d), written
     logsumexps,  # (B, heads, Tq) float32, written: L, to base 2
-    Tq, T,
-    scale,  # log₂e / √d
+    Tq, T, scale,  # scale: log₂e / √d
     WIDTH: tl.constexpr,  # d
     BLOCK_D: tl.constexpr,  # the power of two from d up
     BLOCK_Q: tl.constexpr,  # queries per program
     BLOCK_K: tl.constexpr,  # keys per step
+    position_ptr=None,  # of the last query, T − 1, if it is to be read from memory
 ):
     """One block of queries of one head."""
+    if position_ptr is not None:
+        T = tl.load(position_ptr).to(tl.int32) + 1
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last block sees the most keys: it starts first
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     position = block * BLOCK_Q + T - Tq  # of the first of these queries in the sequence
@@ -216,24 +215,23 @@ def tiles(kernel, dtype: torch.dtype, width: int) -> dict[str, int]:
     return dict(BLOCK_Q=queries, BLOCK_K=keys, num_warps=4, num_stages=3)
 
 
-def launch(kernel, *tensors: Tensor):
+def launch(kernel, *tensors: Tensor, **options):
     """Run a kernel on query, key, … (its tensors in order): a program per block of each head."""
     if tensors[0].is_meta:  # torch.compile asks for the shapes and strides of the outputs only
         return
     (B, heads, Tq, width), T = tensors[0].shape, tensors[1].shape[2]
     tile = tiles(kernel, tensors[0].dtype, width)
     blocks = cdiv(T, tile["BLOCK_K"]) if kernel is key_value_gradient_kernel else cdiv(Tq, tile["BLOCK_Q"])
-    dense = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]  # outputs already are
+    dense = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)  # outputs already are
     with torch.cuda.device_of(tensors[0]):
         kernel[(blocks, heads, B)](
-            *[(x, x.stride()) for x in dense], Tq, T, math.log2(math.e) / math.sqrt(width), WIDTH=width,
-            BLOCK_D=max(16, 1 << (width - 1).bit_length()), **tile)
+            *((x, x.stride()) for x in dense), Tq, T, math.log2(math.e) / math.sqrt(width), WIDTH=width,
+            BLOCK_D=max(16, 1 << (width - 1).bit_length()), **tile, **options)
 
 
 def empty_like_linear(x: Tensor) -> Tensor:
     """(B, heads, T, d), in memory (B, T, heads, d): as the linear layers before and after have it."""
-    B, heads, T, width = x.shape
-    return x.new_empty(B, T, heads, width).transpose(1, 2)
+    return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,14 +300,24 @@ def causal_attention_torch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, visible)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """query (B, heads, Tq, d), key and value (B, heads, T, d) → (B, heads, Tq, d); differentiable.
+def attend_to_cache(query: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+    """One query at a position, (1,) int64, of a cache (B, heads, capacity, d) × 2 → (B, heads, 1, d). The
+    kernel reads the position from memory, so that one CUDA graph serves while the cache fills."""
+    output, logsumexp = empty_like_linear(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    launch(forward_kernel, query, keys, values, output, logsumexp, position_ptr=position)
+    return output
 
-    The kernels on NVIDIA GPUs since Ampere (before, the compiler emulates bfloat16) for d up to 128, torch's
-    fused attention elsewhere. Raises ValueError for other shapes or Tq > T.
-    """
-    kernels_fit = has_tf32(query.device) and query.shape[-1] <= 128
-    return (causal_attention_triton if kernels_fit else causal_attention_torch)(query, key, value)
+
+def kernels_fit(device: torch.device, width: int) -> bool:
+    """NVIDIA GPUs since Ampere (before, the compiler emulates bfloat16), and a head_dim of up to 128."""
+    return has_tf32(device) and width <= 128
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """query (B, heads, Tq, d), key and value (B, heads, T, d) → (B, heads, Tq, d): by the kernels where they
+    fit, else by torch's fused attention. Differentiable. Raises ValueError for other shapes or Tq > T."""
+    fit = kernels_fit(query.device, query.shape[-1])
+    return (causal_attention_triton if fit else causal_attention_torch)(query, key, value)
 
 
 def main():

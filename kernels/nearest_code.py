@@ -17,8 +17,9 @@ a low part of at most 12 bits, and three products take the place of one:
     x·c  =  x_high·c_high + (x_high·c_low + x_low·c_high) + x_low·c_low
 
 The last is left out: at most 2⁻²² |x_d c_d|, and TF32 drops one bit of each low part, 2⁻²³ |x_d c_d| twice:
-all in all 2⁻²¹ Σ_d |x_d c_d|, a few roundings of float32. The bracket has an accumulator of its own: in
-the large one its digits would be lost. The codebook is split once per call, the vectors as they are read.
+all in all 2⁻²¹ Σ_d |x_d c_d|, a few roundings of float32. A few dimensions at a time are multiplied, the
+bracket first, for in a large sum its digits would be lost. The codebook is split once per call, the vectors
+as they are read.
 
     python -m kernels.nearest_code    checks the kernels and prints a table (without a GPU: of the reference)
 
@@ -28,11 +29,9 @@ that is NVIDIA GPUs since Ampere (others get the reference). Symbols: N vectors,
 import torch
 from torch import Tensor
 
-from kernels.backend import cdiv, compare, describe_device, has_tf32, multiprocessors, tl, triton
+from kernels.backend import cdiv, compare, describe_device, generation, has_tf32, multiprocessors, tl, triton
 
 ROWS = 65536  # vectors the reference compares at a time: bounds its (rows, K) scores to 256 MiB at K = 1,024
-# BLOCK_K must be a multiple of 32 and BLOCK_D divide 64: `prepare_codebook` pads the codebook to both.
-TILE = dict(BLOCK_N=128, BLOCK_K=128, BLOCK_D=16, num_warps=8, num_stages=3)
 
 
 def nearest_code_reference(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -154,23 +153,24 @@ def nearest_code_kernel(
     """The nearest of some of the codes for one block of vectors."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)
-    tile = column[:, None] * width + tl.arange(0, BLOCK_D)[None, :]  # of the prepared codebook
+    within = column[:, None] * width + tl.arange(0, BLOCK_D)[None, :]  # a tile of the prepared codebook
     first = tl.program_id(1) * codes_per_program
     best_score = tl.full((BLOCK_N,), float("inf"), tl.float32)
     best_code = tl.zeros((BLOCK_N,), tl.int32) + first
     for start in range(first, tl.minimum(first + codes_per_program, K), BLOCK_K):
-        products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)  # high · high
-        corrections = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)  # high · low + low · high, 2⁻¹¹ of it
+        products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for start_d in range(0, D, BLOCK_D):
             dims = start_d + tl.arange(0, BLOCK_D)
             x = load_tile(vectors_ptr, vectors_strides, rows, dims, N, D)  # (BLOCK_N, BLOCK_D)
             x_high, x_low = split(x - tl.load(offset_ptr + dims)[None, :])
-            where = tl.cast(start, tl.int64) * width + start_d + tile
+            where = tl.cast(start, tl.int64) * width + start_d + within
             c_high, c_low = tl.trans(tl.load(high_ptr + where)), tl.trans(tl.load(low_ptr + where))
-            corrections = tl.dot(x_low, c_high, corrections, input_precision="tf32")
-            corrections = tl.dot(x_high, c_low, corrections, input_precision="tf32")
-            products = tl.dot(x_high, c_high, products, input_precision="tf32")
-        scores = products + corrections + tl.load(norms_ptr + start + column)[None, :]  # (BLOCK_N, BLOCK_K)
+            step = tl.dot(x_low, c_high, input_precision="tf32")
+            step = tl.dot(x_high, c_low, step, input_precision="tf32")
+            # Added here, it has been waited for. As the accumulator of `dot` it would not be, and on Hopper
+            # the next step would overwrite the registers of x while they are multiplied (triton #9433).
+            products += tl.dot(x_high, c_high, step, input_precision="tf32")
+        scores = products + tl.load(norms_ptr + start + column)[None, :]  # (BLOCK_N, BLOCK_K)
         score = tl.min(scores, 1)  # skips NaN
         code = start + tl.min(tl.where(scores == score[:, None], column[None, :], BLOCK_K), 1)  # the lowest
         better = score < best_score  # not ≤: of equal scores the first stays
@@ -181,10 +181,19 @@ def nearest_code_kernel(
     tl.store(nearest_ptr + place, best_code, mask=rows < N)
 
 
+def tile(device: torch.device) -> dict[str, int]:
+    """Tile shape and schedule (results/kernels). BLOCK_K must be a multiple of 32 and BLOCK_D divide 64:
+    `prepare_codebook` pads the codebook to both."""
+    hopper = generation(device) == 9  # its tensor cores need no registers for the codebook
+    return dict(BLOCK_N=64, BLOCK_K=128, num_warps=4) | (
+        dict(BLOCK_D=32, num_stages=2) if hopper else dict(BLOCK_D=16, num_stages=3))
+
+
 def prepare_codebook(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(K, D) → offset (width,), high, low (height, width), norms (height,): float32, padded to tiles."""
     (K, D), device = codebook.shape, codebook.device
-    height, width = cdiv(K, TILE["BLOCK_K"]) * TILE["BLOCK_K"], cdiv(D, 64) * 64
+    block = tile(device)["BLOCK_K"]
+    height, width = cdiv(K, block) * block, cdiv(D, 64) * 64
     offset, norms = (torch.empty(length, dtype=torch.float32, device=device) for length in (width, height))
     high, low = torch.empty(2, height, width, dtype=torch.float32, device=device)
     common_offset_kernel[(width // 8,)](
@@ -206,7 +215,8 @@ def nearest_code_triton(vectors: Tensor, codebook: Tensor) -> Tensor:
         raise ValueError("the nearest_code kernel takes float32, float16 or bfloat16 on one device, not "
                          f"{vectors.dtype} on {vectors.device} and {codebook.dtype} on {codebook.device}")
     (N, D), K, device = vectors.shape, len(codebook), vectors.device
-    row_blocks, code_blocks = cdiv(N, TILE["BLOCK_N"]), cdiv(K, TILE["BLOCK_K"])
+    shape = tile(device)
+    row_blocks, code_blocks = cdiv(N, shape["BLOCK_N"]), cdiv(K, shape["BLOCK_K"])
     # Few vectors: several programs share the codes, until each multiprocessor has four to run.
     blocks_per_program = cdiv(code_blocks, cdiv(4 * multiprocessors(device), max(row_blocks, 1)))
     splits = cdiv(code_blocks, blocks_per_program)
@@ -216,7 +226,7 @@ def nearest_code_triton(vectors: Tensor, codebook: Tensor) -> Tensor:
         offset, high, low, norms = prepare_codebook(codebook)
         nearest_code_kernel[(row_blocks, splits)](
             vectors, vectors.stride(), offset, high, low, norms, scores, nearest, N, K, D, high.shape[1],
-            blocks_per_program * TILE["BLOCK_K"], **TILE)
+            blocks_per_program * shape["BLOCK_K"], **shape)
     return nearest.gather(0, scores.argmin(0, keepdim=True))[0]  # of equal scores the first program's
 
 

@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kernels import causal_attention_triton, nearest_code_triton  # noqa: E402
+from kernels.causal_attention import attend_to_cache  # noqa: E402
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 TENSOR_CORES = ("HMMA", "HGMMA")  # the instructions that multiply there
@@ -53,21 +54,43 @@ def disassemble(cubin: bytes) -> tuple[str, list[tuple[int, str, str]]]:
     return text, [(int(address, 16), opcode, operands) for address, opcode, operands in found]
 
 
-def loops(instructions) -> list[list[str]]:
-    """The opcodes of each loop, shortest first: from the target of a jump backwards to the jump."""
+def loops(instructions) -> list[list[tuple[str, str]]]:
+    """Opcodes and operands of each loop, shortest first: from the target of a jump backwards to the jump."""
     found = []
     for end, opcode, operands in instructions:
         target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
         if target and int(target[1], 16) < end:
-            found.append([name for address, name, _ in instructions if int(target[1], 16) <= address <= end])
+            found.append([x for address, *x in instructions if int(target[1], 16) <= address <= end])
     return sorted(found, key=len)
+
+
+def overwritten(loop) -> set[int]:
+    """Registers that a loop writes to while Hopper's tensor cores may still be reading them.
+
+    HGMMA runs on while the next instructions do, and takes its first factor from four registers. Only after
+    a DEPBAR that leaves at most n groups of products running, those that `gsb0` closed, may these be written.
+    """
+    groups, found = [set()], set()  # registers of each group, the last one is not closed yet
+    for opcode, operands in 2 * loop:  # the second time, what the end of the loop has left running
+        written = re.match(r"R(\d+)", operands)
+        if opcode.startswith("HGMMA"):
+            factor = re.match(r"R\d+, R(\d+), ", operands)
+            groups[-1] |= set(range(int(factor[1]), int(factor[1]) + 4)) if factor else set()
+            groups += [set()] if "gsb0" in operands else []
+        elif opcode.startswith("WARPGROUP.DEPBAR"):
+            running = int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)
+            groups = groups[-1 - running:]
+        elif written and not opcode.startswith(("ST", "LDGSTS", "RED")):  # these read their first operand
+            size = 4 if re.search(r"\.128|\.4$", opcode) else 2 if re.search(r"\.64|WIDE|\.2$", opcode) else 1
+            found |= set(range(int(written[1]), int(written[1]) + size)) & set().union(*groups)
+    return found
 
 
 def measure(kernel) -> dict:
     """What became of a kernel, and of its inner step: the shortest loop that multiplies on tensor cores."""
     text, instructions = disassemble(kernel.asm["cubin"])
     step = next((loop for loop in loops(instructions)
-                 if any(name.startswith(TENSOR_CORES) for name in loop)), [])
+                 if any(name.startswith(TENSOR_CORES) for name, _ in loop)), [])
     return {
         "kernel": kernel.metadata.name,
         "registers": int(re.search(r"REG:(\d+)", text)[1]),
@@ -76,8 +99,9 @@ def measure(kernel) -> dict:
         "warps": kernel.metadata.num_warps,
         "tensor_core_instructions": sum(name.startswith(TENSOR_CORES) for _, name, _ in instructions),
         "step": len(step),
-        "step_tensor_cores": sum(name.startswith(TENSOR_CORES) for name in step),
-        "step_conversions": sum(name.startswith(("F2F", "FSETP", "FMNMX")) for name in step),
+        "step_tensor_cores": sum(name.startswith(TENSOR_CORES) for name, _ in step),
+        "step_conversions": sum(name.startswith(("F2F", "FSETP", "FMNMX")) for name, _ in step),
+        "overwritten": len(set().union(*map(overwritten, loops(instructions)))),
         "tf32": ".tf32" in kernel.asm["ptx"],
     }
 
@@ -92,10 +116,14 @@ def variants():
             (torch.float32, 512, 64), (torch.float32, 341, 128)]:
         inputs = [torch.empty(2, 2, length, width, dtype=dtype, requires_grad=True) for _ in range(3)]
         yield f"T={length}, d={width}, {dtype}", lambda: causal_attention_triton(*inputs).sum().backward()
+    query, cache = (torch.empty(2, 2, length, 64, dtype=torch.bfloat16) for length in (1, 256))
+    position = torch.zeros(1, dtype=torch.int64)
+    yield "T= in memory, d=64, torch.bfloat16", lambda: attend_to_cache(query, cache, cache, position)
 
 
 def main(capability: int):
     triton.runtime.driver.set_active(AbsentGPU(capability))
+    sys.modules["kernels.nearest_code"].generation = lambda device: capability // 10
     compiled, run = [], JITFunction.run
     JITFunction.run = lambda *args, warmup, **options: compiled.append(run(*args, warmup=True, **options))
     for name, call in variants():

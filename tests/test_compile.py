@@ -33,6 +33,10 @@ def test_no_kernel_spills_registers(reports):
     assert [report for report in reports if report["spills"]] == []
 
 
+def test_no_register_is_overwritten_while_tensor_cores_read_it(reports):
+    assert [report for report in reports if report["overwritten"]] == []
+
+
 def test_shared_memory_suffices_on_consumer_gpus_too(reports):
     assert max(report["shared_bytes"] for report in reports) <= SHARED_MEMORY_OF_ALL
 
@@ -47,7 +51,7 @@ def test_tensor_cores_multiply_and_in_tf32_only_what_was_split_for_it(reports):
 
 @this_compiler
 @pytest.mark.parametrize("kernel, variant, most", [
-    ("nearest_code_kernel", "65536 vectors, torch.float32", 160),
+    ("nearest_code_kernel", "65536 vectors, torch.float32", 320),  # of 32 dimensions
     ("query_gradient_kernel", "T=341, d=64, torch.bfloat16", 190),
     ("key_value_gradient_kernel", "T=341, d=64, torch.bfloat16", 235)])
 def test_the_inner_step_is_short_on_an_h100(reports, kernel, variant, most):

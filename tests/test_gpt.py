@@ -12,6 +12,7 @@ The logits of transformers were computed in float64 with torch 2.13.0 by
     model.load_state_dict({name: torch.from_numpy(array) for name, array in gpt2_weights().items()})
     print(model(torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])).logits)
 """
+import contextlib
 import math
 from dataclasses import replace
 
@@ -270,6 +271,40 @@ def test_cached_generation_runs_each_token_once_and_keeps_keys_in_the_dtype_of_t
         model.generate(random_tokens(1, 3), 4, cached=False)
     assert lengths == [(3, 3), (1, 4), (1, 5), (1, 6)] + [(3, 3), (4, 4), (5, 5), (6, 6)]
     assert dtypes == {(expected, expected, expected)}
+
+
+class ReplayedByHand(gpt.CapturedStep):
+    """Without a GPU: in place of its graph a step runs the network, and attends to a slice of the cache."""
+
+    def __init__(self, model, cache):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+            patch.setattr(torch.cuda, "graph", lambda graph, **_: contextlib.nullcontext())
+            super().__init__(model, cache)
+        self.model = model
+        self.length -= 1  # recording does not run what is recorded
+
+    def replay(self):
+        self.logits = self.model(self.tokens, self)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_captured_step_draws_the_same_tokens(monkeypatch, guidance):
+    device, made = "cuda" if torch.cuda.is_available() else "cpu", []
+    if device == "cpu":
+        monkeypatch.setattr(gpt, "CapturedStep", lambda *x: made.append(ReplayedByHand(*x)) or made[-1])
+        monkeypatch.setattr(gpt, "kernels_fit", lambda *_: True)
+        monkeypatch.setattr(gpt, "attend_to_cache", lambda query, keys, values, position: causal_attention(
+            query, *(x[:, :, :int(position) + 1] for x in (keys, values))))
+    model = random_gpt(dtype=torch.float32).to(device)
+    prefix, null = random_tokens(3, 4).to(device), torch.full((3, 4), 12, device=device)
+    drawn = []
+    for captured in (True, False):
+        torch.manual_seed(1)
+        drawn.append(model.generate(prefix, 13, top_k=5, guidance=guidance, null_prefix=null,
+                                    captured=captured))
+        assert device == "cuda" or [step.length.item() for step in made] == [16]
+    assert torch.equal(*drawn)
 
 
 @CACHED

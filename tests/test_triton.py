@@ -54,11 +54,12 @@ def best_scores(vectors, codebook):
     """(N,) float32: the least |c|² − 2x·c, c and x less the offset, that the kernel notes beside the code."""
     N, K = len(vectors), len(codebook)
     scores, codes = torch.empty(1, N, device=DEVICE), torch.empty(1, N, dtype=torch.int64, device=DEVICE)
+    tile = lookup.tile(DEVICE)
     with here():
         offset, high, low, norms = lookup.prepare_codebook(codebook)
-        lookup.nearest_code_kernel[(-(-N // lookup.TILE["BLOCK_N"]), 1)](
+        lookup.nearest_code_kernel[(-(-N // tile["BLOCK_N"]), 1)](
             vectors, vectors.stride(), offset, high, low, norms, scores, codes, N, K, vectors.shape[1],
-            high.shape[1], len(high), **lookup.TILE)
+            high.shape[1], len(high), **tile)
     return scores[0], offset[:vectors.shape[1]]
 
 
@@ -90,9 +91,10 @@ def test_on_a_lattice_the_lowest_of_the_nearest_is_found():
             assert_exact(small_integers(65, 33, dtype=vectors), small_integers(70, 33, seed=2, dtype=codes))
 
 
-@pytest.mark.parametrize("programs", [1, 3, 1000])
-def test_however_many_programs_share_the_codes(monkeypatch, programs):
+@pytest.mark.parametrize("programs, generation", [(1, 9), (3, 8), (1000, 9)])
+def test_however_many_programs_share_the_codes_and_on_whatever_gpu(monkeypatch, programs, generation):
     monkeypatch.setattr(lookup, "multiprocessors", lambda device: programs)
+    monkeypatch.setattr(lookup, "generation", lambda device: generation)
     for low, high in [(-3, 4), (100, 103)]:  # scores of either sign, and a common offset
         codes = small_integers(400, 20, seed=2, low=low, high=high)
         codebook = torch.cat([codes[:200], codes])  # some codes twice
@@ -173,8 +175,9 @@ def test_more_than_two_to_the_31_elements(transposed):
     vectors[-64:] = codebook[3:67]
     scores, codes = torch.empty(1, N), torch.empty(1, N, dtype=torch.int64)
     with strict(only=lambda programs: {programs - 1}):
-        lookup.nearest_code_kernel[(N // lookup.TILE["BLOCK_N"] + 1, 1)](
-            vectors, vectors.stride(), *prepared, scores, codes, N, 70, D, 256, len(prepared[1]), **lookup.TILE)
+        tile = lookup.tile(DEVICE)
+        lookup.nearest_code_kernel[(-(-N // tile["BLOCK_N"]), 1)](
+            vectors, vectors.stride(), *prepared, scores, codes, N, 70, D, 256, len(prepared[1]), **tile)
     assert codes[0, -64:].tolist() == list(range(3, 67))
 
 
@@ -293,6 +296,17 @@ def test_any_strides_of_inputs_and_gradient_are_read():
     one = torch.ones((), dtype=torch.float16, device=DEVICE).expand(gradient.shape)  # strides 0, as of sum()
     for ours, theirs in zip(output_and_gradients(inputs, one), output_and_gradients(inputs, one.clone())):
         assert torch.equal(ours, theirs)
+
+
+def test_a_position_in_memory_is_as_good_as_a_shorter_cache():
+    for dtype, capacity in ((torch.float16, 130), (torch.float32, 40)):
+        query, keys, values, _ = draw(2, 2, 1, capacity, 16, dtype)
+        for position in (0, 15, 16, 31, capacity - 1):
+            unused = (torch.arange(capacity, device=DEVICE) > position)[:, None]
+            cache = [x.masked_fill(unused, math.nan) for x in (keys, values)]
+            with here():
+                output = attention.attend_to_cache(query, *cache, torch.tensor([position], device=DEVICE))
+            assert torch.equal(output, attend(query, *(x[:, :, :position + 1] for x in cache)))
 
 
 def test_a_gradient_can_be_asked_for_of_one_input_alone():

@@ -1,4 +1,4 @@
-"""Time a few tile shapes on this GPU: the fastest belong into `TILE` and `tiles` of the kernel files.
+"""Time a few tile shapes on this GPU: the fastest belong into `tile` and `tiles` of the kernel files.
 
     python results/kernels/tiles.py        needs a GPU
 """
@@ -13,11 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from kernels import nearest_code_triton  # noqa: E402
 
 lookup, attention = sys.modules["kernels.nearest_code"], sys.modules["kernels.causal_attention"]
-LOOKUP = [(128, 128, 16, 8, 3), (128, 128, 16, 8, 4), (128, 64, 16, 4, 3), (64, 64, 32, 4, 3)]
+LOOKUP = [  # BLOCK_N, BLOCK_K, BLOCK_D, num_warps, num_stages
+    (64, 128, 32, 4, 2), (64, 128, 16, 4, 3), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3), (128, 128, 32, 8, 2),
+    (128, 128, 16, 8, 3), (128, 64, 32, 8, 3)]
 ATTENTION = {  # BLOCK_Q, BLOCK_K, num_warps, num_stages
-    attention.forward_kernel: [(64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3)],
-    attention.query_gradient_kernel: [(64, 32, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3)],
-    attention.key_value_gradient_kernel: [(32, 64, 4, 3), (32, 64, 4, 4), (64, 64, 4, 3)],
+    attention.forward_kernel: [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2)],
+    attention.query_gradient_kernel: [(64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3)],
+    attention.key_value_gradient_kernel: [(32, 64, 4, 3), (32, 64, 4, 2), (64, 64, 4, 2), (32, 128, 8, 3)],
 }
 
 
@@ -36,10 +38,10 @@ def main():
     codebook = torch.randn(1024, 256, device="cuda")
     for N in (3072, 65536, 2 ** 20):
         vectors = torch.randn(N, 256, device="cuda")
-        for tile in LOOKUP:
-            lookup.TILE = dict(zip(("BLOCK_N", "BLOCK_K", "BLOCK_D", "num_warps", "num_stages"), tile))
-            print_time(f"nearest_code, N = {N:,}", lookup.TILE,
-                       lambda: nearest_code_triton(vectors, codebook))
+        for numbers in LOOKUP:
+            tile = dict(zip(("BLOCK_N", "BLOCK_K", "BLOCK_D", "num_warps", "num_stages"), numbers))
+            lookup.tile = lambda _: tile
+            print_time(f"nearest_code, N = {N:,}", tile, lambda: nearest_code_triton(vectors, codebook))
     for T in (256, 341, 512, 1024):
         q, k, v = (torch.randn(32, T, 16, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
                    for _ in range(3))
