@@ -152,7 +152,7 @@ class Process(NamedTuple):
 
     @property
     def compile_mode(self) -> str:
-        """Of torch.compile: on a GPU CUDA graphs, since launching costs more than working. Untried on several."""
+        """Of torch.compile: CUDA graphs on a GPU, where launches outlast their work; untried on several."""
         return "reduce-overhead" if self.device.type == "cuda" and self.world == 1 else "default"
 
     def wait_for_all(self):
