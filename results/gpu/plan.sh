@@ -33,7 +33,7 @@ train() {  # KIND SCRIPT FLAGS …: 40 seconds are kept for the samples; run aga
 
 case $PART in
 1)  [ -n "$TINY" ] && TESTS="-k strides" || TESTS=""
-    log tests $PYTHON -m pytest -q tests/test_triton.py tests/test_kernels.py $TESTS
+    log tests $PYTHON -m pytest -q tests/test_triton.py tests/test_kernels.py tests/test_gpt.py $TESTS
     log nearest_code $PYTHON -m kernels.nearest_code
     log causal_attention $PYTHON -m kernels.causal_attention ;;
 2)  if [ -z "$TINY" ]; then
