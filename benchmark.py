@@ -57,7 +57,8 @@ def benchmark_training(train_step: Callable[[], Any], config: Any, device: torch
 
     with torch.compiler.set_stance("force_eager"), CountOperations() as counted:
         train_step()
-    measure(train_step)  # compiles, and chooses algorithms
+    for _ in range(2):
+        measure(train_step)  # compiles and chooses algorithms; then records CUDA graphs
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # the steps before may have taken more
     seconds = statistics.median(measure(train_step) for _ in range(5))

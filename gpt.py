@@ -5,6 +5,7 @@ with one it sees the new tokens and reads keys and values of the earlier ones fr
 
 Symbols: B batch, T sequence, C embedding width, V vocabulary, P prefix, d head_dim.
 """
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +83,14 @@ class KeyValueCache:
         return causal_attention(query, self.keys[layer, :, :, :end], self.values[layer, :, :, :end])
 
 
+capture_stream = functools.cache(torch.cuda.Stream)  # of a device: cuBLAS keeps a workspace for each stream
+
+
 class CapturedStep:
     """A decoding step recorded as a CUDA graph: its launches, which take longer than their work, become one.
 
     It goes on with a cache, whose length now lies in GPU memory, where each replay reads and increments it.
+    For one thread at a time: the graph reads autocast's copies of the weights, which any thread may free.
     """
 
     def __init__(self, gpt: "GPT", cache: KeyValueCache):
@@ -95,7 +100,8 @@ class CapturedStep:
         gpt(self.tokens, self)  # compiles the kernels; the first replay overwrites what this has written
         self.length -= 1
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        stream = capture_stream(self.keys.device)
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.logits = gpt(self.tokens, self)  # (B, 1, V)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -111,6 +117,9 @@ class CapturedStep:
         return self.logits
 
 
+Cache = KeyValueCache | CapturedStep
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -120,12 +129,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: "KeyValueCache | CapturedStep | None") -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # 3 × (B, heads, T, d)
-        x = cache.attend(self.layer, q, k, v) if cache else causal_attention(q, k, v)  # (B, heads, T, d)
-        return self.dropout(self.out(x.transpose(1, 2).reshape(B, T, C)))
+        x = causal_attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)
+        return self.dropout(self.out(x.transpose(1, 2).reshape(B, T, C)))  # from (B, heads, T, d)
 
 
 class Block(nn.Module):
@@ -141,7 +150,7 @@ class Block(nn.Module):
             nn.Dropout(config.dropout),
         )
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         x = x + self.attention(self.norm_1(x), cache)  # (B, T, C)
         return x + self.mlp(self.norm_2(x))
 
@@ -189,13 +198,13 @@ class GPT(nn.Module):
         others = [x for name, x in named if x.ndim != 2 or "embedding" in name]
         return [{"params": linear, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
-    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits of the next token at each position: tokens (B, T) → (B, T, V).
 
         With a cache the tokens follow the `cache.length` tokens it has seen, and it is extended by them.
         Raises ValueError if the sequence outgrows `block_size`.
         """
-        T, start = tokens.shape[1], cache.length if cache else 0
+        T, start = tokens.shape[1], 0 if cache is None else cache.length
         if not isinstance(start, Tensor) and start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit the {self.config.block_size} positions of this "
                              "GPT (block_size)")
@@ -203,7 +212,7 @@ class GPT(nn.Module):
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # (B, T, C)
         for block in self.blocks:
             x = block(x, cache)
-        if cache:
+        if cache is not None:
             cache.length += T
         return self.head(self.norm(x))  # (B, T, V)
 
@@ -239,7 +248,7 @@ class GPT(nn.Module):
                 raise ValueError("guidance needs a null_prefix of the prefix's shape")
             tokens = torch.cat([prefix, null_prefix])  # (2B, P)
         cache = KeyValueCache(self.config, len(tokens), P + steps, self.head.weight) if cached else None
-        captured = (captured and cached and steps > 8  # recording takes the time of two steps
+        captured = (captured and cached and steps > 8  # recording takes longer than two steps
                     and kernels_fit(prefix.device, self.config.n_embd // self.config.n_head))
         self.eval()
         try:

@@ -46,7 +46,7 @@ class TrainConfig:
     resume: bool = False  # go on from checkpoint.pt in that folder
     seed: int = 0  # of the weights, the order of the pictures, dropout and the sampled pictures
     device: str = "auto"  # cpu, cuda, cuda:1, …; auto: a GPU if there is one
-    compile: bool = False  # torch.compile the network: a minute at the start; on a GPU as CUDA graphs
+    compile: bool = False  # torch.compile the network: a minute at the start; on one GPU as CUDA graphs
     benchmark: bool = False  # only measure a training step on random codes: speed, memory, time of all steps
 
     data: str = "folder"  # scenes, cifar10, folder, imagenet, restricted-imagenet, ade20k, deepfashion

@@ -72,7 +72,7 @@ def overwritten(loop) -> set[int]:
     """
     groups, found = [set()], set()  # registers of each group, the last one is not closed yet
     for opcode, operands in 2 * loop:  # the second time, what the end of the loop has left running
-        written = re.match(r"R(\d+)", operands)
+        written = re.match(r"(?:P\w, )?R(\d+)", operands)
         if opcode.startswith("HGMMA"):
             factor = re.match(r"R\d+, R(\d+), ", operands)
             groups[-1] |= set(range(int(factor[1]), int(factor[1]) + 4)) if factor else set()
@@ -80,15 +80,17 @@ def overwritten(loop) -> set[int]:
         elif opcode.startswith("WARPGROUP.DEPBAR"):
             running = int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)
             groups = groups[-1 - running:]
-        elif written and not opcode.startswith(("ST", "LDGSTS", "RED")):  # these read their first operand
-            size = 4 if re.search(r"\.128|\.4$", opcode) else 2 if re.search(r"\.64|WIDE|\.2$", opcode) else 1
-            found |= set(range(int(written[1]), int(written[1]) + size)) & set().union(*groups)
+        elif written:
+            four, two = re.search(r"\.128|\.4$", opcode), re.search(r"\.64|WIDE|\.2$|^CS2R$", opcode)
+            after = int(written[1]) + (4 if four else 2 if two else 1)
+            found |= set(range(int(written[1]), after)) & set().union(*groups)
     return found
 
 
 def measure(kernel) -> dict:
     """What became of a kernel, and of its inner step: the shortest loop that multiplies on tensor cores."""
     text, instructions = disassemble(kernel.asm["cubin"])
+    whole = [x for _, *x in instructions]
     step = next((loop for loop in loops(instructions)
                  if any(name.startswith(TENSOR_CORES) for name, _ in loop)), [])
     return {
@@ -101,7 +103,7 @@ def measure(kernel) -> dict:
         "step": len(step),
         "step_tensor_cores": sum(name.startswith(TENSOR_CORES) for name, _ in step),
         "step_conversions": sum(name.startswith(("F2F", "FSETP", "FMNMX")) for name, _ in step),
-        "overwritten": len(set().union(*map(overwritten, loops(instructions)))),
+        "overwritten": len(set().union(*map(overwritten, [*loops(instructions), whole]))),
         "tf32": ".tf32" in kernel.asm["ptx"],
     }
 
@@ -111,6 +113,8 @@ def variants():
     for dtype in (torch.float32, torch.bfloat16):
         x, codebook = torch.empty(1, 256, dtype=dtype).expand(65536, 256), torch.empty(1024, 256, dtype=dtype)
         yield f"65536 vectors, {dtype}", lambda: nearest_code_triton(x, codebook)
+    odd = torch.empty(65536, 33, dtype=torch.bfloat16)  # loaded without asynchronous copies
+    yield "65536 vectors of 33 numbers, torch.bfloat16", lambda: nearest_code_triton(odd, odd[:1024])
     for dtype, length, width in [
             (torch.bfloat16, 341, 64), (torch.bfloat16, 512, 128), (torch.bfloat16, 512, 16),
             (torch.float32, 512, 64), (torch.float32, 341, 128)]:

@@ -279,6 +279,7 @@ class ReplayedByHand(gpt.CapturedStep):
     def __init__(self, model, cache):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+            patch.setattr(gpt, "capture_stream", lambda device: None)
             patch.setattr(torch.cuda, "graph", lambda graph, **_: contextlib.nullcontext())
             super().__init__(model, cache)
         self.model = model
@@ -288,11 +289,12 @@ class ReplayedByHand(gpt.CapturedStep):
         self.logits = self.model(self.tokens, self)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_captured_step_draws_the_same_tokens(monkeypatch, guidance):
+@pytest.mark.parametrize("guidance, autocast", [(1.0, False), (2.0, False), (1.0, True)])
+def test_a_captured_step_draws_the_same_tokens(monkeypatch, guidance, autocast):
     device, made = "cuda" if torch.cuda.is_available() else "cpu", []
+    step = gpt.CapturedStep if device == "cuda" else ReplayedByHand
+    monkeypatch.setattr(gpt, "CapturedStep", lambda *x: made.append(step(*x)) or made[-1])
     if device == "cpu":
-        monkeypatch.setattr(gpt, "CapturedStep", lambda *x: made.append(ReplayedByHand(*x)) or made[-1])
         monkeypatch.setattr(gpt, "kernels_fit", lambda *_: True)
         monkeypatch.setattr(gpt, "attend_to_cache", lambda query, keys, values, position: causal_attention(
             query, *(x[:, :, :int(position) + 1] for x in (keys, values))))
@@ -301,9 +303,10 @@ def test_a_captured_step_draws_the_same_tokens(monkeypatch, guidance):
     drawn = []
     for captured in (True, False):
         torch.manual_seed(1)
-        drawn.append(model.generate(prefix, 13, top_k=5, guidance=guidance, null_prefix=null,
-                                    captured=captured))
-        assert device == "cuda" or [step.length.item() for step in made] == [16]
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            drawn.append(model.generate(prefix, 13, top_k=5, guidance=guidance, null_prefix=null,
+                                        captured=captured))
+        assert [step.length.item() for step in made] == [16]
     assert torch.equal(*drawn)
 
 
