@@ -184,9 +184,9 @@ def nearest_code_kernel(
 def tile(device: torch.device) -> dict[str, int]:
     """Tile shape and schedule (results/kernels). BLOCK_K must be a multiple of 32 and BLOCK_D divide 64:
     `prepare_codebook` pads the codebook to both."""
-    hopper = generation(device) == 9  # its tensor cores need no registers for the codebook
-    return dict(BLOCK_N=64, BLOCK_K=128, num_warps=4) | (
-        dict(BLOCK_D=32, num_stages=2) if hopper else dict(BLOCK_D=16, num_stages=3))
+    if generation(device) == 9:  # Hopper's tensor cores need no registers for the codebook
+        return dict(BLOCK_N=64, BLOCK_K=128, BLOCK_D=32, num_warps=4, num_stages=2)
+    return dict(BLOCK_N=64, BLOCK_K=128, BLOCK_D=16, num_warps=8, num_stages=3)
 
 
 def prepare_codebook(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
