@@ -205,6 +205,7 @@ class GPT(nn.Module):
         Raises ValueError if the sequence outgrows `block_size`.
         """
         T, start = tokens.shape[1], 0 if cache is None else cache.length
+        # What a CUDA graph records has its length in GPU memory; `generate` has looked whether all fits.
         if not isinstance(start, Tensor) and start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit the {self.config.block_size} positions of this "
                              "GPT (block_size)")

@@ -48,6 +48,7 @@ case $PART in
     log first_stage $PYTHON train_vq.py $PAPER --benchmark
     log gpt_step $PYTHON results/kernels/gpt_step.py
     [ -z "$TINY" ] && log sampling $PYTHON sample.py --preset paper --benchmark
+    [ -z "$TINY" ] && log decoding $PYTHON results/gpu/decoding.py
     log pixels_or_codes $PYTHON results/efficiency/times.py $([ -n "$TINY" ] && echo --n-layer 1 --n-embd 64 --rounds 1) \
         $([ -z "$TINY" ] && echo --n-layer 24 --n-embd 1024 --batch-size 16 --device cuda) ;;
 4)  train vq train_vq.py $FIRST

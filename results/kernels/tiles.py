@@ -15,11 +15,13 @@ from kernels import nearest_code_triton  # noqa: E402
 lookup, attention = sys.modules["kernels.nearest_code"], sys.modules["kernels.causal_attention"]
 LOOKUP = [  # BLOCK_N, BLOCK_K, BLOCK_D, num_warps, num_stages
     (64, 128, 32, 4, 2), (64, 128, 16, 4, 3), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3), (128, 128, 32, 8, 2),
-    (128, 128, 16, 8, 3), (128, 64, 32, 8, 3)]
+    (128, 128, 16, 8, 3), (128, 64, 32, 8, 3), (64, 128, 16, 8, 3)]
 ATTENTION = {  # BLOCK_Q, BLOCK_K, num_warps, num_stages
-    attention.forward_kernel: [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2)],
-    attention.query_gradient_kernel: [(64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3)],
-    attention.key_value_gradient_kernel: [(32, 64, 4, 3), (32, 64, 4, 2), (64, 64, 4, 2), (32, 128, 8, 3)],
+    attention.forward_kernel: [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2),
+                               (128, 128, 8, 2)],
+    attention.query_gradient_kernel: [(64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2)],
+    attention.key_value_gradient_kernel: [(32, 64, 4, 3), (32, 64, 4, 2), (64, 64, 4, 2), (32, 128, 8, 3),
+                                          (64, 128, 8, 2)],
 }
 
 
