@@ -31,6 +31,7 @@ init_arguments, call = Executor._init_args_hst, Executor.__call__
 load, store = Builder.create_masked_load, Builder.create_masked_store
 cast, arithmetic = Builder.cast_impl, Builder.binary_op
 set_grid, set_program = Builder.set_grid_dim, Builder.set_grid_idx
+patch_language = interpreter._patch_lang
 
 
 def float_from_bfloat16(bits: np.ndarray) -> np.ndarray:
@@ -106,6 +107,7 @@ class Launches:
         self.program = 0  # that runs now, as a number
         self.grid = self.loop = (1, 1, 1)  # what the kernel is told; what is really looped over
         self.order = [0]  # the programs, in the order of that loop
+        self.patched = set()  # modules of functions that the launch has called
 
     def tensors(self, arguments) -> list:
         found = []
@@ -136,8 +138,15 @@ class Launches:
                 random.Random(self.seed).shuffle(self.order)
                 return (len(self.order),)
 
+            self.patched.clear()
+
             with mock.patch.object(executor, "grid", grid_of_some):
                 return call(executor, *arguments, **options)
+
+        def patch_once(function):  # not at each call of a function, which takes a third of the time
+            if id(function.__globals__) not in self.patched:
+                self.patched.add(id(function.__globals__))
+                return patch_language(function)
 
         def set_real_grid(builder, *loop):
             set_grid(builder, *self.grid)
@@ -159,6 +168,7 @@ class Launches:
 
         return [(Executor, "_init_args_hst", init), (Executor, "__call__", launch),
                 (Executor, "_restore_args_dev", lambda *_: None),  # CPU tensors were not copied
+                (interpreter, "_patch_lang", patch_once),
                 (Builder, "set_grid_dim", set_real_grid), (Builder, "set_grid_idx", set_real_program),
                 (Builder, "create_masked_load", checked_load),
                 (Builder, "create_masked_store", checked_store), (Builder, "cast_impl", rounding_cast),
