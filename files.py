@@ -156,7 +156,8 @@ def field_folders(root: Path, fields: tuple[str, ...]) -> dict[str, Path]:
     if "image" in asked and mixed:
         raise unclear(root)
     folders = {field: images if field == "image" else there.get(field, root / field) for field in asked}
-    if "pose" in folders and ".npy" in {path.suffix.lower() for path in list_files(folders["pose"], "pose")}:
+    poses = list_files(there["pose"], "pose") if "pose" in asked and "pose" in there else []
+    if any(path.suffix.lower() == ".npy" for path in poses):
         folders["image"] = images  # its size is needed to draw the key points
     for folder in folders.values():
         if len(SPLIT_FOLDERS & {path.name.lower() for path in subfolders(folder)}) > 1:  # one may be a class

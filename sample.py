@@ -180,10 +180,7 @@ def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int, int]:
     if config.scales_from or config.complete:
         if flag and not named and not layout.null_token:
             raise run.UsageError(f"this model needs a condition ({prior.condition}); name one with --{flag}")
-        row, *more = list_conditions(prior, config) if named else [Row()]
-        if more:
-            raise run.UsageError("all rows of --complete and --scales-from have one condition; name only one")
-        rows = list(list_completions(prior, config, row))
+        rows = list(list_completions(prior, config, list_conditions(prior, config) if named else [Row()]))
     elif named:
         rows = list(list_conditions(prior, config))
     else:  # so many in all, of the validation split's conditions in a grid four each
@@ -243,9 +240,15 @@ def find_class(name: str, classes: list[str]) -> int:
                          f"did you mean {', '.join(near)}?")
 
 
-def list_completions(prior: Prior, config: SampleConfig, row: Row) -> Iterator[Row]:
-    """The row with the first tokens of each named picture: a share of its codes, or its coarser scales."""
-    image, layout = prior.image, prior.layout
+def list_completions(prior: Prior, config: SampleConfig, conditions: Iterable[Row]) -> Iterator[Row]:
+    """The first tokens of each named picture, a share of its codes or its coarser scales, after a condition:
+    the same for all pictures, or the first one's for the first picture, and so on.
+    """
+    image, layout, conditions = prior.image, prior.layout, list(conditions)
+    paths = list_inputs(config.complete or config.scales_from, "image")
+    if len(conditions) not in (1, len(paths)):
+        raise run.UsageError(f"{len(conditions)} conditions are named for {len(paths)} pictures; name one "
+                             "for all of them, or one for each")
     if config.scales_from and not layout.scales:
         raise run.UsageError(f"--scales-from needs a model of several scales, unlike {config.checkpoint}; "
                              "train one with --multiscale")
@@ -254,7 +257,7 @@ def list_completions(prior: Prior, config: SampleConfig, row: Row) -> Iterator[R
                              "show the grey")
     T = sum(layout.lengths)
     kept = round(config.keep * T)
-    for path in list_inputs(config.complete or config.scales_from, "image"):
+    for path, row in zip(paths, itertools.cycle(conditions)):
         values = data.read_field(path, "image", image.preparation)  # (1, 3, S, S)
         if config.hide:
             rank = layout.grids(torch.arange(T)[None])[-1]  # (1, h, w)

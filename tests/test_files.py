@@ -212,8 +212,9 @@ def test_files_without_partner_doubled_ones_and_missing_folders_are_named(tmp_pa
             opened(tmp_path / case, "image", "segmentation")
         assert len(opened(tmp_path / case)) == {"mask": 2, "image": 4}.get(case, 3)  # each alone is fine
         assert len(opened(tmp_path / case, "segmentation")) == {"twice": 4, "lossy": 2}.get(case, 3)
-    with pytest.raises(FileNotFoundError, match="val/depth is no folder; depth files are expected there"):
-        opened(tmp_path / "mask", "depth")
+    for field in ("depth", "pose"):
+        with pytest.raises(FileNotFoundError, match=f"val/{field} is no folder; {field} files are expected"):
+            opened(tmp_path / "mask", field)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".NPY"])

@@ -174,6 +174,12 @@ def test_completion_keeps_the_first_codes_in_the_models_order_and_hides_the_rest
         assert torch.equal(tokens, prior.sample(2, torch.tensor([2, 2]), given, Sampling(), seeded(0)))
         assert torch.equal(tokens[:, :kept], given)
     assert draw(prior, "--complete a.png").shape == (4, 16)  # without a class, after the null token
+    Path("two").mkdir()
+    both = torch.cat([photo(f"two/{i}.png", i) for i in range(2)])
+    given = prior.image.encode(both).flatten(1)[:, ORDERINGS["spiral"](4, 4)][:, :8].repeat_interleave(3, 0)
+    for names, labels in (("tree,ball", [2] * 3 + [0] * 3), ("tree", [2] * 6)):  # one for each, or for all
+        tokens = draw(prior, f"--complete two --class {names} --count 3")
+        assert torch.equal(tokens, prior.sample(6, torch.tensor(labels), given, Sampling(), seeded(0)))
 
     prior = build(order="row")
     for folder, seed in (("images", 1), ("images/more", 2), ("segmentation", 3)):  # a data set's folder
@@ -296,6 +302,7 @@ def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, caps
             ("scales.pt", "--complete photo.png --hide", 2, "--hide needs a model of one scale"),
             ("pixels.pt", "--condition mask.png --size 8x16", 2,
              "this model's have 4×4, its pictures 8×8"),
+            ("class.pt", "--complete photo.png --class 0,1", 2, "2 conditions are named for 1 pictures"),
             ("none.pt", "--scales-from photo.png", 2, "needs a model of several scales, unlike none.pt"),
             ("none.pt", "--class ball", 2, "--class does not fit none.pt, which was trained with"),
             ("class.pt", "--condition photo.png", 2, "--condition does not fit class.pt, which was"),
