@@ -120,9 +120,10 @@ def label_classes(records: dict[Path, Record], classes: tuple[str, ...]):
     labels = {name: label for label, name in enumerate(classes)}
     for name, record in records.items():
         if name.parts[0] not in labels:
-            file, some = next(iter(record.values())), ", ".join(classes[:3]) or "there is none"
-            raise FileNotFoundError(f"{file} is in no class folder of training ({some}, …): sort all "
-                                    "pictures into a folder for each class, alike in each split")
+            file = next(iter(record.values()))
+            some = f"{', '.join(classes[:3])}, …" if classes else "there is none"
+            raise FileNotFoundError(f"{file} is in no class folder of training ({some}): sort all pictures "
+                                    "into a folder for each class, alike in each split")
         record["class"] = labels[name.parts[0]]
 
 
