@@ -47,11 +47,15 @@ def generation(device: torch.device) -> int:
     return capability(device)[0] if device.type == "cuda" else 9
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once
 def has_tf32(device: torch.device) -> bool:
     """Whether Triton works, and tensor cores multiply TF32 and bfloat16: NVIDIA GPUs since Ampere."""
     return (HAS_TRITON and device.type == "cuda" and torch.version.hip is None
             and capability(device) >= (8, 0) and can_launch())
+
+
+# For torch.compile, which asks once: what torch.compiler.assume_constant_result does, but that would import the
+# whole compiler, two seconds at the start of each script.
+has_tf32._dynamo_marked_constant = True
 
 
 def cdiv(a: int, b: int) -> int:

@@ -182,11 +182,17 @@ def test_attention_refuses_shapes_that_do_not_fit(attention, query, key, value):
         attention(torch.zeros(query), torch.zeros(key), torch.zeros(value))
 
 
-def test_attention_compiles_whole():
+def test_attention_compiles_whole_and_asks_then_only_which_kernels_fit(monkeypatch):
+    asked = []
+    yes = type("Yes", (), {"__bool__": lambda self: not asked.append("Is Triton here?")})()
+    monkeypatch.setattr(backend, "HAS_TRITON", yes)
     whole = torch.compile(causal_attention, fullgraph=True, backend="aot_eager")
     for queries in (6, 3, 1):
         inputs = attention_inputs(1, 2, queries, 6, 4)
         assert torch.equal(whole(*inputs), causal_attention(*inputs))
+        before = len(asked)
+        whole(*inputs)
+        assert 0 < len(asked) == before
 
 
 # ---- where the kernels run
