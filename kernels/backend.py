@@ -53,8 +53,8 @@ def has_tf32(device: torch.device) -> bool:
             and capability(device) >= (8, 0) and can_launch())
 
 
-# For torch.compile, which asks once: what torch.compiler.assume_constant_result does, but that would import the
-# whole compiler, two seconds at the start of each script.
+# For torch.compile, which asks once. torch.compiler.assume_constant_result does the same, but imports all of
+# the compiler: two seconds at the start of each script.
 has_tf32._dynamo_marked_constant = True
 
 
