@@ -1,5 +1,6 @@
 """What the tests share: flags of tiny runs, the shell's view of a script, bit equality, random networks."""
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -65,6 +66,11 @@ def shell(script: str, flags: list, monkeypatch, capsys) -> tuple[int, str, str]
         run.command_line(SCRIPTS[script].main)
     out, err = capsys.readouterr()
     return ending.value.code, out, err
+
+
+def without_log_of_torch(errors: str) -> str:
+    """Standard error without what torch logs there, as that a machine has a CUDA toolkit and no GPU."""
+    return re.sub(r"(?m)^[IWE]\d{4} .*\n", "", errors)
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ALONE, ROOT, VQ_FLAGS, assert_bit_equal, log_of, shell, tensors, vq_flags
+from helpers import (ALONE, ROOT, VQ_FLAGS, assert_bit_equal, log_of, shell, tensors, vq_flags,
+                     without_log_of_torch)
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -332,7 +333,7 @@ def test_sigterm_to_all_processes_saves_and_ends_in_a_sentence(plain, tmp_path):
         while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGTERM)
-        errors = process.communicate(timeout=60)[1]
+        errors = without_log_of_torch(process.communicate(timeout=60)[1])
     finally:
         process.kill()
     step = read(tmp_path / "checkpoint.pt")["step"]
