@@ -296,20 +296,20 @@ def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device,
     """The fields of each batch of an order on the device, (B, ...), still of the data set's types."""
     if workers < 0:  # one per core to read files, none for data in memory or drawn
         workers = min(8, os.cpu_count() or 1) if isinstance(dataset, Files) else 0
+    if workers:  # before they start, for that may fail midway
+        atexit.unregister(run.kill_workers)
+        atexit.register(run.kill_workers)
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=workers,
                               pin_memory=device.type == "cuda", collate_fn=collate,
                               worker_init_fn=run.ignore_signals,
                               generator=torch.Generator()))  # not the run's own
-    if workers:
-        atexit.unregister(run.kill_workers)
-        atexit.register(run.kill_workers)
     try:
         for batch, unreadable in batches:
             if unreadable:
                 dataset.report(unreadable)
             yield {field: values.to(device, non_blocking=True) for field, values in batch.items()}
     finally:
-        if workers:  # the garbage collector, left with them after an error, would wait for ten seconds
+        if workers:  # after their present batches; the garbage collector would wait ten seconds for each
             batches._shutdown_workers()
 
 

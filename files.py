@@ -121,7 +121,7 @@ def label_classes(records: dict[Path, Record], classes: tuple[str, ...]):
     for name, record in records.items():
         if name.parts[0] not in labels:
             file = next(iter(record.values()))
-            some = f"{', '.join(classes[:3])}, …" if classes else "there is none"
+            some = ", ".join(classes[:3]) + ", …" * (len(classes) > 3) or "there is none"
             raise FileNotFoundError(f"{file} is in no class folder of training ({some}): sort all pictures "
                                     "into a folder for each class, alike in each split")
         record["class"] = labels[name.parts[0]]

@@ -139,7 +139,6 @@ class Launches:
                 return (len(self.order),)
 
             self.patched.clear()
-
             with mock.patch.object(executor, "grid", grid_of_some):
                 return call(executor, *arguments, **options)
 

@@ -158,9 +158,9 @@ def test_class_folders_are_the_classes_of_both_splits(tmp_path):
         assert opened(tmp_path, "image", "class").classes == ("Cat", "ant", "bee", "cat")
         shutil.rmtree(tmp_path / "train" / "Cat")
     save(tmp_path / "val" / "dog" / "a.png")
-    with pytest.raises(FileNotFoundError, match="dog/a.png is in no class folder of training .ant, bee, cat"):
+    with pytest.raises(FileNotFoundError, match=r"dog/a.png is in no class folder of training \(ant, bee, cat.*\):"):
         opened(tmp_path, "image", "class")
-    with pytest.raises(FileNotFoundError, match="a.png is in no class folder.*there is none"):
+    with pytest.raises(FileNotFoundError, match=r"a.png is in no class folder .*\(there is none\):"):
         opened(tmp_path / "train" / "bee", "image", "class")
 
 

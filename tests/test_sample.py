@@ -302,7 +302,7 @@ def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, caps
             ("scales.pt", "--complete photo.png --hide", 2, "--hide needs a model of one scale"),
             ("pixels.pt", "--condition mask.png --size 8x16", 2,
              "this model's have 4×4, its pictures 8×8"),
-            ("class.pt", "--complete photo.png --class 0,1", 2, "2 conditions are named for 1 pictures"),
+            ("class.pt", "--complete photo.png --class 0,1", 2, "the number of conditions is 2, that of pictures 1"),
             ("none.pt", "--scales-from photo.png", 2, "needs a model of several scales, unlike none.pt"),
             ("none.pt", "--class ball", 2, "--class does not fit none.pt, which was trained with"),
             ("class.pt", "--condition photo.png", 2, "--condition does not fit class.pt, which was"),
