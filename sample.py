@@ -51,10 +51,10 @@ class SampleConfig:
     class_: str = ""  # names or numbers of classes, separated by commas: a row of samples each
     condition: str = ""  # mask, depth map, pose or key points, or a folder of them: a row of samples each
     data_dir: str = ""  # where validation conditions come from, if none is named; empty: as in training
-    complete: str = ""  # picture or folder: a row each, its first codes kept; one condition, or one each
+    complete: str = ""  # picture or folder whose first codes are kept: a row each; one condition, or one each
     keep: float = 0.5  # share of the codes that --complete keeps, in the model's own order
     hide: bool = False  # grey out the part to be completed before encoding: else the kept codes leak it
-    scales_from: str = ""  # picture or folder: a row for its 0, 1, 2, … coarsest scales kept, §3; likewise
+    scales_from: str = ""  # picture or folder whose 0, 1, 2, … coarsest scales are kept: a row each, §3
 
     count: int = 0  # samples; of each class, file or scale if some are named; 0: 64, or 4 of each
     size: str = ""  # HEIGHTxWIDTH in pixels, larger than in training, by a sliding window
@@ -245,17 +245,17 @@ def list_completions(prior: Prior, config: SampleConfig, conditions: Iterable[Ro
 
     One condition serves all pictures; of several, the first belongs to the first picture, and so on.
     """
-    image, layout, conditions = prior.image, prior.layout, list(conditions)
-    paths = list_inputs(config.complete or config.scales_from, "image")
-    if len(conditions) not in (1, len(paths)):
-        raise run.UsageError(f"the number of conditions is {len(conditions)}, that of pictures {len(paths)}: "
-                             "name one condition for all pictures, or one for each, in order")
+    image, layout = prior.image, prior.layout
     if config.scales_from and not layout.scales:
         raise run.UsageError(f"--scales-from needs a model of several scales, unlike {config.checkpoint}; "
                              "train one with --multiscale")
     if config.hide and layout.scales:
         raise run.UsageError("--hide needs a model of one scale: the coarser grids, which are kept, would "
                              "show the grey")
+    paths, conditions = list_inputs(config.complete or config.scales_from, "image"), list(conditions)
+    if len(conditions) not in (1, len(paths)):
+        raise run.UsageError(f"the number of conditions is {len(conditions)}, that of pictures {len(paths)}: "
+                             "name one condition for all pictures, or one for each, in order")
     T = sum(layout.lengths)
     kept = round(config.keep * T)
     for path, row in zip(paths, itertools.cycle(conditions)):

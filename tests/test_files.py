@@ -158,7 +158,8 @@ def test_class_folders_are_the_classes_of_both_splits(tmp_path):
         assert opened(tmp_path, "image", "class").classes == ("Cat", "ant", "bee", "cat")
         shutil.rmtree(tmp_path / "train" / "Cat")
     save(tmp_path / "val" / "dog" / "a.png")
-    with pytest.raises(FileNotFoundError, match=r"dog/a.png is in no class folder of training \(ant, bee, cat.*\):"):
+    sentence = r"dog/a.png is in no class folder of training \(ant, bee, cat\):"
+    with pytest.raises(FileNotFoundError, match=sentence):
         opened(tmp_path, "image", "class")
     with pytest.raises(FileNotFoundError, match=r"a.png is in no class folder .*\(there is none\):"):
         opened(tmp_path / "train" / "bee", "image", "class")
@@ -213,7 +214,8 @@ def test_files_without_partner_doubled_ones_and_missing_folders_are_named(tmp_pa
         assert len(opened(tmp_path / case)) == {"mask": 2, "image": 4}.get(case, 3)  # each alone is fine
         assert len(opened(tmp_path / case, "segmentation")) == {"twice": 4, "lossy": 2}.get(case, 3)
     for field in ("depth", "pose"):
-        with pytest.raises(FileNotFoundError, match=f"val/{field} is no folder; {field} files are expected"):
+        sentence = f"val/{field} is no folder; {field} files are expected there"
+        with pytest.raises(FileNotFoundError, match=sentence):
             opened(tmp_path / "mask", field)
 
 

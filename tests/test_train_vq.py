@@ -520,10 +520,13 @@ def test_two_processes_agree_and_compute_what_one_does(full, tmp_path, monkeypat
     for name, weight in one["model"].items():
         assert torch.allclose(weight, two["model"][name], rtol=1e-3, atol=1e-3), name
     for before, after in zip(*map(log_of, paths)):
-        for line in (before, after):  # the last bias's gradient is 0 but for rounding, which Adam enlarges
-            line["margin"] = line.pop("logits_real", 0) - line.pop("logits_fake", 0)
+        for line in (before, after):
+            line["margin"] = line.get("logits_real", 0) - line.get("logits_fake", 0)
         for name in before.keys() - {"ms_per_step", "images_per_s"}:
-            assert after[name] == pytest.approx(before[name], rel=2e-3, abs=1e-4), (before["step"], name)
+            # The last bias adds to all logits. Its gradient is rounding alone, of which Adam makes steps.
+            shift = 2 * before["lr"] * before["step"] if name.startswith("logits") else 0
+            expected = pytest.approx(before[name], rel=2e-3, abs=1e-4 + shift)
+            assert after[name] == expected, (before["step"], name)
 
 
 if __name__ == "__main__":
