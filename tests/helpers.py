@@ -1,7 +1,12 @@
 """What the tests share: flags of tiny runs, the shell's view of a script, bit equality, random networks."""
 import json
+import multiprocessing
+import os
 import re
+import socket
 import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -66,6 +71,37 @@ def shell(script: str, flags: list, monkeypatch, capsys) -> tuple[int, str, str]
         run.command_line(SCRIPTS[script].main)
     out, err = capsys.readouterr()
     return ending.value.code, out, err
+
+
+def start(function: Callable, *arguments, folder: Path, **environment: str) -> BaseProcess:
+    """A process of a group of its own, which writes `out` and `err` in a folder. It need not import torch."""
+    folder.mkdir(exist_ok=True)
+    server = multiprocessing.get_context("forkserver")  # some of torch's threads do not survive a plain fork
+    server.set_forkserver_preload(["helpers", "torch._dynamo"])  # an optimizer imports it
+    process = server.Process(target=enter, args=(function, arguments, folder, environment))
+    process.start()
+    return process
+
+
+def start_two(function: Callable, *arguments, folder: Path) -> list[BaseProcess]:
+    """The two processes of one run, as torchrun starts them: the first in `folder`/0, the other in 1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [start(function, *arguments, folder=folder / str(rank), RANK=str(rank), WORLD_SIZE="2",
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in (0, 1)]
+
+
+def enter(function: Callable, arguments: tuple, folder: Path, environment: dict[str, str]):
+    os.setsid()
+    os.environ |= environment
+    sys.stdout, sys.stderr = ((folder / name).open("w") for name in ("out", "err"))  # as buffered as a pipe
+    function(*arguments)
+
+
+def run_script(name: str, flags: list[str]):
+    sys.argv = [name, *flags]
+    run.command_line(SCRIPTS[name].main)
 
 
 def without_log_of_torch(errors: str) -> str:

@@ -2,11 +2,9 @@
 import dataclasses
 import io
 import math
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -18,7 +16,7 @@ import run
 import sample
 import train_gpt
 import train_vq
-from helpers import ALONE, vq_flags
+from helpers import ALONE, run_script, start_two, vq_flags
 from outputs import announce
 
 DEMO = train_gpt.PRESETS["demo"]
@@ -196,33 +194,23 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys):
         run.command_line(main)
 
 
-def one_of_two(rank: int, port: int, folder: Path, flags: list[str]):
-    """What torchrun starts: a process that writes to files, as buffered as a pipe."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    sys.stdout, sys.stderr = ((folder / f"{name}-{rank}").open("w") for name in ("out", "err"))
-    sys.argv = ["train_vq.py", *flags]
+def train_with_a_trace(flags: list[str], trace: Path):
+    """Like the script, which must never come to the end of this: threads of gloo could abort it there."""
     try:
-        run.command_line(train_vq.main)
+        run_script("train_vq.py", flags)
     finally:
-        (folder / f"threads-of-gloo-{rank}").touch()  # could abort a process that gets this far
+        trace.touch()
 
 
 def test_a_process_that_dies_ends_the_others_with_a_sentence_and_only_the_first_talks(
         pictures, tmp_path):
-    server = multiprocessing.get_context("forkserver")  # for some of torch's threads do not survive a fork
-    server.set_forkserver_preload(["train_gpt"])
     for steps in (3, 10**6):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         folder = tmp_path / str(steps)
         folder.mkdir()
         flags = [*vq_flags(pictures, folder), "--resume", "--steps", str(steps)]
-        first, second = [server.Process(target=one_of_two, args=(i, port, folder, flags)) for i in (0, 1)]
-        first.start()
-        second.start()
+        first, second = start_two(train_with_a_trace, flags, folder / "trace", folder=folder)
         try:
-            while steps > 3 and first.is_alive() and "step 3/" not in read(folder / "out-0"):
+            while steps > 3 and first.is_alive() and "step 3/" not in read(folder / "0" / "out"):
                 time.sleep(0.05)
             if steps > 3:
                 second.kill()
@@ -231,14 +219,14 @@ def test_a_process_that_dies_ends_the_others_with_a_sentence_and_only_the_first_
         finally:
             first.kill()
             second.kill()
-        out, other, errors = (read(folder / name) for name in ("out-0", "out-1", "err-0"))
+        out, other, errors = (read(folder / name) for name in ("0/out", "1/out", "0/err"))
         assert out.count("does not exist yet: starting at step 0") == 1 and other == ""
         if steps == 3:
             assert (first.exitcode, second.exitcode, errors) == (0, 0, "") and "done in" in out
         else:
             assert first.exitcode == 1 and second.exitcode == -signal.SIGKILL
             assert re.fullmatch(r"train_vq.py: another process of this run has ended or .*--resume\n", errors)
-        assert not list(folder.glob("threads-of-gloo-*"))
+        assert not (folder / "trace").exists()
 
 
 def read(path: Path) -> str:

@@ -18,7 +18,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import cache
 import data
@@ -27,41 +26,47 @@ import train_gpt
 import train_vq
 from benchmark import CountOperations
 from gpt import GPT, GPTConfig
-from helpers import ALONE, ROOT, assert_bit_equal, gpt_flags, log_of, shell, tensors, without_log_of_torch
+from helpers import (ALONE, ROOT, assert_bit_equal, gpt_flags, log_of, run_script, shell, start, tensors,
+                     without_log_of_torch)
 from kernels import causal_attention, causal_attention_triton
 from orderings import ORDERINGS
 from outputs import load_checkpoint
 from stages import FirstStage, Prior
-from vq import VQ
+from vq import VQ, Palette
 
 TINY = "--n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --device cpu".split()
+
+
+def train_until_step_10(flags: list[str], number: signal.Signals):
+    """The script in a process that sends its group, as schedulers do, a signal in step 10."""
+    steps = run.steps
+
+    def steps_with_signal(*arguments):
+        for step, due in steps(*arguments):
+            if step == 10:
+                os.killpg(0, number)
+            yield step, due
+
+    run.steps = steps_with_signal
+    run_script("train_gpt.py", flags)
 
 
 def test_a_killed_or_stopped_run_ends_bit_for_bit_as_if_it_had_not_been(pictures, first_stage, tmp_path):
     def flags(name: str) -> list[str]:
         return [*gpt_flags(pictures, first_stage, tmp_path / name),
-                *"--steps 90 --decay --warmup-steps 3 --checkpoint-every 4".split()]
+                *"--steps 30 --decay --warmup-steps 3 --checkpoint-every 4".split()]
 
     whole = train_gpt.main(flags("whole"))
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        process = subprocess.Popen([sys.executable, ROOT / "train_gpt.py", *flags(number.name)], text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                                   pipesize=4096)  # of 90 lines it holds 40: a run waits until it is read
-        for line in process.stdout:
-            if line.startswith("step 10/"):
-                os.killpg(process.pid, number)  # the whole group, as schedulers do
-                break
-        _, errors = process.communicate()
+    for number, status, saved in ((signal.SIGKILL, -signal.SIGKILL, 8), (signal.SIGTERM, 130, 11)):
         out = tmp_path / number.name
-        step = load_checkpoint(out / "checkpoint.pt", "gpt")["step"]
+        process = start(train_until_step_10, flags(number.name), number, folder=out)
+        process.join()
+        assert (process.exitcode, load_checkpoint(out / "checkpoint.pt", "gpt")["step"]) == (status, saved)
         if number == signal.SIGTERM:
-            assert process.returncode == 130 and 10 <= step < 90
-            stopped = rf"train_gpt.py: stopped after step {step} of 90; .* is saved, --resume goes on\n"
-            assert re.fullmatch(stopped, without_log_of_torch(errors))
-        else:
-            assert process.returncode == -signal.SIGKILL and step % 4 == 0 and 8 <= step < 90
+            stopped = r"train_gpt.py: stopped after step 11 of 30; .* is saved, --resume goes on\n"
+            assert re.fullmatch(stopped, without_log_of_torch((out / "err").read_text()))
         assert_bit_equal(train_gpt.main(["--resume", "--data", "folder", "--out", str(out)]), whole)
-        assert [line["step"] for line in log_of(out / "checkpoint.pt")] == list(range(1, 91))
+        assert [line["step"] for line in log_of(out / "checkpoint.pt")] == list(range(1, 31))
 
 
 def test_a_run_goes_on_longer_elsewhere_and_with_its_own_first_stage(
@@ -304,7 +309,9 @@ def test_conditions_are_dropped_in_training_only_and_evaluation_gives_the_mode_b
     assert settings == [(20, 7, 0.9)] * 2  # 4 samples to each of 5 validation conditions
 
 
-def test_the_pixel_baseline_has_the_pixels_colours_for_codes(few_scenes, capsys):
+def test_the_pixel_baseline_has_the_pixels_colours_for_codes(few_scenes, monkeypatch, capsys):
+    fit = Palette.fit
+    monkeypatch.setattr(Palette, "fit", lambda pixels, count: fit(pixels[::37], count))  # 1 second, not 15
     path = train_gpt.main(["--pixels", "--order", "spiral", "--condition", "class", "--steps", "1", *TINY])
     assert path.parent.name == "gpt-demo-scenes-spiral-class-pixels"
     assert "first stage" not in capsys.readouterr().out
@@ -341,6 +348,7 @@ def test_the_weights_of_the_lowest_validation_loss_are_kept(few_scenes, capsys):
 
 def test_compiled_networks_compute_the_same(few_scenes, monkeypatch):
     """Losses and gradients, also that at the last layer alone (§A.1, λ); each network is one whole graph."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # takes two seconds
     compile, compiled = torch.compile, []
     graphs = CompileCounterWithBackend("aot_eager")  # without a C++ compiler, which a machine may lack
 

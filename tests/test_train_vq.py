@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (ALONE, ROOT, VQ_FLAGS, assert_bit_equal, log_of, shell, tensors, vq_flags,
+from helpers import (ALONE, ROOT, VQ_FLAGS, assert_bit_equal, log_of, shell, start_two, tensors, vq_flags,
                      without_log_of_torch)
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -215,12 +215,13 @@ def test_a_step_between_two_log_lines_never_waits_for_the_gpu(full, tmp_path, mo
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), options=None):
-            name, calls = function.overloadpacket, "".join(traceback.format_stack())
+            name = function.overloadpacket
             by_mask = name in (aten.index, aten.index_put, aten.index_put_) and any(
                 index is not None and index.dtype == torch.bool for index in arguments[1])
             waits_for_gpu = by_mask or name in (aten._local_scalar_dense, aten.nonzero, aten.bincount,
                                                 aten.masked_select, aten._unique2)
-            if watching and "torch/optim/" not in calls and waits_for_gpu:  # Adam counts steps on the CPU
+            calls = "".join(traceback.format_stack()) if watching and waits_for_gpu else "torch/optim/"
+            if "torch/optim/" not in calls:  # Adam counts steps on the CPU
                 waits.append(calls)
             return function(*arguments, **options or {})
 
@@ -490,13 +491,13 @@ class Unnormalized(losses.PatchDiscriminator):
                                           if not isinstance(module, torch.nn.BatchNorm2d)))
 
 
-def work():
-    """One of two processes: train as the command line says, and compare all weights with the other's."""
+def train_and_compare(flags: list[str]):
+    """In one of two processes: train, and compare all weights with the other's."""
     networks = []
     for name, made in (("VQ", VQ), ("PatchDiscriminator", Unnormalized)):
         setattr(train_vq, name, lambda *arguments, made=made, **options: (
             networks.append(made(*arguments, **options)), networks[-1])[1])
-    train_vq.main()
+    train_vq.main(flags)
     for weight in (weight for network in networks for weight in network.parameters()):
         weights = [torch.empty_like(weight) for _ in range(2)]
         torch.distributed.all_gather(weights, weight.detach())
@@ -508,11 +509,11 @@ def work():
 
 def test_two_processes_agree_and_compute_what_one_does(full, tmp_path, monkeypatch):
     flags = [*full, "--codebook-size", "64", "--discriminator-start", "2", "--restart-every", "3"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               __file__, *flags, "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0 and done.stdout.count("replicas agree") == 2, done.stderr
+    processes = start_two(train_and_compare, [*flags, "--out", str(tmp_path / "two")], folder=tmp_path)
+    for rank, process in enumerate(processes):
+        process.join(200)
+        errors = (tmp_path / str(rank) / "err").read_text()
+        assert process.exitcode == 0 and "replicas agree" in (tmp_path / str(rank) / "out").read_text(), errors
     monkeypatch.setattr(train_vq, "PatchDiscriminator", Unnormalized)
     paths = train(flags, tmp_path / "one"), tmp_path / "two" / "checkpoint.pt"
     one, two = map(read, paths)
@@ -527,7 +528,3 @@ def test_two_processes_agree_and_compute_what_one_does(full, tmp_path, monkeypat
             shift = 2 * before["lr"] * before["step"] if name.startswith("logits") else 0
             expected = pytest.approx(before[name], rel=2e-3, abs=1e-4 + shift)
             assert after[name] == expected, (before["step"], name)
-
-
-if __name__ == "__main__":
-    work()

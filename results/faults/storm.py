@@ -57,7 +57,7 @@ def run_cycle(pictures: Path, folder: Path):
 def start(*work) -> multiprocessing.Process:
     """A process that has torch imported already, so that the moments are spread over the work."""
     server = multiprocessing.get_context("forkserver")  # some of torch's threads do not survive a plain fork
-    server.set_forkserver_preload(["train_gpt"])
+    server.set_forkserver_preload(["train_gpt", "torch._dynamo"])  # an optimizer imports it
     process = server.Process(target=work[0], args=work[1:])
     process.start()
     return process
