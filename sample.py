@@ -243,7 +243,8 @@ def find_class(name: str, classes: list[str]) -> int:
 def list_completions(prior: Prior, config: SampleConfig, conditions: Iterable[Row]) -> Iterator[Row]:
     """A row for each named picture, or each number of its scales: the tokens that are kept, and a condition.
 
-    One condition serves all pictures; of several, the first belongs to the first picture, and so on.
+    One condition serves all pictures; of several, the first belongs to the first picture, and so on. Raises
+    UsageError if their numbers differ, or if only some of them agree in their names.
     """
     image, layout = prior.image, prior.layout
     if config.scales_from and not layout.scales:
@@ -256,6 +257,12 @@ def list_completions(prior: Prior, config: SampleConfig, conditions: Iterable[Ro
     if len(conditions) not in (1, len(paths)):
         raise run.UsageError(f"the number of conditions is {len(conditions)}, that of pictures {len(paths)}: "
                              "name one condition for all pictures, or one for each, in order")
+    if config.condition and len(conditions) > 1:
+        pictures, maps = ({path.stem for path in files} for files in
+                          (paths, list_inputs(config.condition, prior.condition)))
+        if pictures & maps and pictures != maps:
+            raise run.UsageError(f"{min(pictures ^ maps)} is either a picture or a condition, others are "
+                                 "both: give each of a pair the same name, or no pair")
     T = sum(layout.lengths)
     kept = round(config.keep * T)
     for path, row in zip(paths, itertools.cycle(conditions)):

@@ -194,6 +194,23 @@ def test_completion_keeps_the_first_codes_in_the_models_order_and_hides_the_rest
         assert torch.equal(a, b) == bool(hide)
 
 
+def test_pictures_and_masks_are_pairs_by_name_or_if_no_names_agree_in_order(draw):
+    prior = build("segmentation", "spiral")
+    masks = [scenes.draw_scene("val", i, 8).segmentation for i in range(2)]
+    condition = prior.stages["segmentation"].encode(torch.from_numpy(np.stack(masks)))  # (2, 4, 4)
+    for folder, names in (("pictures", "ab"), ("same", "ab"), ("none", "xy"), ("some", "bc")):
+        Path(folder).mkdir()
+        for name, mask in zip(names, masks):
+            Image.fromarray(mask).save(f"{folder}/{name}.png")
+    both = torch.cat([photo(f"pictures/{name}.png", i) for i, name in enumerate("ab")])
+    given = prior.image.encode(both).flatten(1)[:, ORDERINGS["spiral"](4, 4)][:, :8]
+    for folder in ("same", "none"):
+        tokens = draw(prior, f"--complete pictures --condition {folder} --count 1")
+        assert torch.equal(tokens, prior.sample(2, condition, given, Sampling(), seeded(0)))
+    with pytest.raises(run.UsageError, match="a is either a picture or a condition, others are both"):
+        draw(prior, "--complete pictures --condition some")
+
+
 def test_scales_from_a_picture_are_a_row_for_each_number_of_scales(draw):
     prior, values = build(scales=(1, 2)), photo("a.png")
     tokens = draw(prior, "--scales-from a.png --count 3")
