@@ -244,7 +244,7 @@ def list_completions(prior: Prior, config: SampleConfig, conditions: Iterable[Ro
     """A row for each named picture, or each number of its scales: the tokens that are kept, and a condition.
 
     One condition serves all pictures; of several, the first belongs to the first picture, and so on. Raises
-    UsageError if their numbers differ, or if only some of them agree in their names.
+    UsageError if their numbers differ, or if their names contradict that order.
     """
     image, layout = prior.image, prior.layout
     if config.scales_from and not layout.scales:
@@ -253,16 +253,17 @@ def list_completions(prior: Prior, config: SampleConfig, conditions: Iterable[Ro
     if config.hide and layout.scales:
         raise run.UsageError("--hide needs a model of one scale: the coarser grids, which are kept, would "
                              "show the grey")
-    paths, conditions = list_inputs(config.complete or config.scales_from, "image"), list(conditions)
+    paths = list_inputs(config.complete or config.scales_from, "image")
+    maps = list_inputs(config.condition, prior.condition) if config.condition else []
+    unlike = [f"{path} and {other}" for path, other in zip(paths, maps) if path.stem != other.stem]
+    shared = {path.stem for path in paths} & {path.stem for path in maps}
+    if unlike and shared and len(maps) == len(paths) > 1:
+        raise run.UsageError(f"some pictures and conditions have the same name, but {unlike[0]} would be a "
+                             "pair: rename or remove those without a partner")
+    conditions = list(conditions)  # encoded only now
     if len(conditions) not in (1, len(paths)):
         raise run.UsageError(f"the number of conditions is {len(conditions)}, that of pictures {len(paths)}: "
                              "name one condition for all pictures, or one for each, in order")
-    if config.condition and len(conditions) > 1:
-        pictures, maps = ({path.stem for path in files} for files in
-                          (paths, list_inputs(config.condition, prior.condition)))
-        if pictures & maps and pictures != maps:
-            raise run.UsageError(f"{min(pictures ^ maps)} is either a picture or a condition, others are "
-                                 "both: give each of a pair the same name, or no pair")
     T = sum(layout.lengths)
     kept = round(config.keep * T)
     for path, row in zip(paths, itertools.cycle(conditions)):

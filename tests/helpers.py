@@ -78,7 +78,7 @@ def start(function: Callable, *arguments, folder: Path, **environment: str) -> B
     folder.mkdir(exist_ok=True)
     server = multiprocessing.get_context("forkserver")  # some of torch's threads do not survive a plain fork
     server.set_forkserver_preload(["helpers", "torch._dynamo"])  # an optimizer imports it
-    process = server.Process(target=enter, args=(function, arguments, folder, environment))
+    process = server.Process(target=enter, args=(function, arguments, folder, dict(os.environ) | environment))
     process.start()
     return process
 
@@ -94,7 +94,8 @@ def start_two(function: Callable, *arguments, folder: Path) -> list[BaseProcess]
 
 def enter(function: Callable, arguments: tuple, folder: Path, environment: dict[str, str]):
     os.setsid()
-    os.environ |= environment
+    os.environ.clear()
+    os.environ.update(environment)  # the server has that of its own start
     sys.stdout, sys.stderr = ((folder / name).open("w") for name in ("out", "err"))  # as buffered as a pipe
     function(*arguments)
 

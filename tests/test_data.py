@@ -599,9 +599,13 @@ def test_workers_leave_signals_to_the_run_and_do_not_outlive_it():
     cases = ("1", 0), ("10", 3)  # one worker, which starts; two, of which the second does not
     runs = [subprocess.Popen([sys.executable, "-c", program, forks], cwd=Path(data.__file__).parent,
                              stderr=subprocess.PIPE, text=True) for forks, _ in cases]
-    for (_, status), process in zip(cases, runs):
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == status and (status or errors == "")
+    try:
+        for (_, status), process in zip(cases, runs):
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == status and (status or errors == "")
+    finally:
+        for process in runs:
+            process.kill()
 
 
 def test_files_are_prepared_by_a_worker_per_core_unless_a_number_is_asked_for(tmp_path, monkeypatch):

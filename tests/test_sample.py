@@ -198,17 +198,20 @@ def test_pictures_and_masks_are_pairs_by_name_or_if_no_names_agree_in_order(draw
     prior = build("segmentation", "spiral")
     masks = [scenes.draw_scene("val", i, 8).segmentation for i in range(2)]
     condition = prior.stages["segmentation"].encode(torch.from_numpy(np.stack(masks)))  # (2, 4, 4)
-    for folder, names in (("pictures", "ab"), ("same", "ab"), ("none", "xy"), ("some", "bc")):
-        Path(folder).mkdir()
+    for folder, names in (("pictures", "ab"), ("same", "ab"), ("none", "xy"), ("some", "bc"),
+                          ("moved", ["b", "more/a"])):  # in the order of their names
         for name, mask in zip(names, masks):
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(mask).save(f"{folder}/{name}.png")
     both = torch.cat([photo(f"pictures/{name}.png", i) for i, name in enumerate("ab")])
     given = prior.image.encode(both).flatten(1)[:, ORDERINGS["spiral"](4, 4)][:, :8]
     for folder in ("same", "none"):
         tokens = draw(prior, f"--complete pictures --condition {folder} --count 1")
         assert torch.equal(tokens, prior.sample(2, condition, given, Sampling(), seeded(0)))
-    with pytest.raises(run.UsageError, match="a is either a picture or a condition, others are both"):
-        draw(prior, "--complete pictures --condition some")
+    assert draw(prior, "--complete pictures --condition some/b.png").shape == (8, 16)  # of that one for both
+    for folder in ("some", "moved"):
+        with pytest.raises(run.UsageError, match=f"but pictures/a.png and {folder}/b.png would be a pair"):
+            draw(prior, f"--complete pictures --condition {folder}")
 
 
 def test_scales_from_a_picture_are_a_row_for_each_number_of_scales(draw):

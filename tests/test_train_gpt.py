@@ -24,7 +24,9 @@ import data
 import run
 import train_gpt
 import train_vq
+import vq
 from benchmark import CountOperations
+from codebook import kmeans
 from gpt import GPT, GPTConfig
 from helpers import (ALONE, ROOT, assert_bit_equal, gpt_flags, log_of, run_script, shell, start, tensors,
                      without_log_of_torch)
@@ -32,7 +34,7 @@ from kernels import causal_attention, causal_attention_triton
 from orderings import ORDERINGS
 from outputs import load_checkpoint
 from stages import FirstStage, Prior
-from vq import VQ, Palette
+from vq import VQ
 
 TINY = "--n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --device cpu".split()
 
@@ -60,7 +62,8 @@ def test_a_killed_or_stopped_run_ends_bit_for_bit_as_if_it_had_not_been(pictures
     for number, status, saved in ((signal.SIGKILL, -signal.SIGKILL, 8), (signal.SIGTERM, 130, 11)):
         out = tmp_path / number.name
         process = start(train_until_step_10, flags(number.name), number, folder=out)
-        process.join()
+        process.join(60)
+        process.kill()
         assert (process.exitcode, load_checkpoint(out / "checkpoint.pt", "gpt")["step"]) == (status, saved)
         if number == signal.SIGTERM:
             stopped = r"train_gpt.py: stopped after step 11 of 30; .* is saved, --resume goes on\n"
@@ -310,8 +313,7 @@ def test_conditions_are_dropped_in_training_only_and_evaluation_gives_the_mode_b
 
 
 def test_the_pixel_baseline_has_the_pixels_colours_for_codes(few_scenes, monkeypatch, capsys):
-    fit = Palette.fit
-    monkeypatch.setattr(Palette, "fit", lambda pixels, count: fit(pixels[::37], count))  # 1 second, not 15
+    monkeypatch.setattr(vq, "kmeans", lambda pixels, count: kmeans(pixels[::37], count))  # 1 second, not 15
     path = train_gpt.main(["--pixels", "--order", "spiral", "--condition", "class", "--steps", "1", *TINY])
     assert path.parent.name == "gpt-demo-scenes-spiral-class-pixels"
     assert "first stage" not in capsys.readouterr().out

@@ -220,9 +220,10 @@ def test_a_step_between_two_log_lines_never_waits_for_the_gpu(full, tmp_path, mo
                 index is not None and index.dtype == torch.bool for index in arguments[1])
             waits_for_gpu = by_mask or name in (aten._local_scalar_dense, aten.nonzero, aten.bincount,
                                                 aten.masked_select, aten._unique2)
-            calls = "".join(traceback.format_stack()) if watching and waits_for_gpu else "torch/optim/"
-            if "torch/optim/" not in calls:  # Adam counts steps on the CPU
-                waits.append(calls)
+            if watching and waits_for_gpu:
+                calls = "".join(traceback.format_stack())
+                if "torch/optim/" not in calls:  # Adam counts steps on the CPU
+                    waits.append(calls)
             return function(*arguments, **options or {})
 
     def steps(*arguments):
@@ -510,10 +511,14 @@ def train_and_compare(flags: list[str]):
 def test_two_processes_agree_and_compute_what_one_does(full, tmp_path, monkeypatch):
     flags = [*full, "--codebook-size", "64", "--discriminator-start", "2", "--restart-every", "3"]
     processes = start_two(train_and_compare, [*flags, "--out", str(tmp_path / "two")], folder=tmp_path)
-    for rank, process in enumerate(processes):
-        process.join(200)
-        errors = (tmp_path / str(rank) / "err").read_text()
-        assert process.exitcode == 0 and "replicas agree" in (tmp_path / str(rank) / "out").read_text(), errors
+    try:
+        for rank, process in enumerate(processes):
+            process.join(200)
+            out, errors = ((tmp_path / str(rank) / name).read_text() for name in ("out", "err"))
+            assert process.exitcode == 0 and "replicas agree" in out, errors
+    finally:
+        for process in processes:
+            process.kill()
     monkeypatch.setattr(train_vq, "PatchDiscriminator", Unnormalized)
     paths = train(flags, tmp_path / "one"), tmp_path / "two" / "checkpoint.pt"
     one, two = map(read, paths)
