@@ -33,6 +33,7 @@ def test_waits():
     pathlib.Path("waiting").touch()
     try: time.sleep(float(os.environ["WAITS"]))
     finally: pathlib.Path("cleaned").touch()
+def test_follows(tmp_path): pathlib.Path("followed").touch()
 """
 
 
@@ -41,7 +42,9 @@ def start(folder: Path, *flags: str, loop: bool = True, waits: float = 0, **envi
              "test_c.py": "def test_c(): pass", "test_d.py": "def test_d(): pass"}
     for name, text in files.items():
         (folder / name).write_text(text)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "WAITS": str(waits)} | environment
+    (folder / "temporary").mkdir()
+    environment = os.environ | environment | {
+        "PYTHONPATH": str(Path(__file__).parent), "PYTEST_DEBUG_TEMPROOT": "temporary", "WAITS": str(waits)}
     return subprocess.Popen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *flags], cwd=folder,
                             env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -75,7 +78,8 @@ def test_they_report_what_one_process_does_and_run_each_test_once(tmp_path):
         shown = [text in output for text in ("some output", "of a test", "no fixture", "for a reason")]
         reports.append((process.returncode, outcomes, summary, shown, output.count("of collection\n")))
         assert (folder / "notes").read_text() == "passed failed last "
-    assert reports[0] == reports[1] and len(reports[0][1]) == 9 and all(reports[0][3])
+        assert len(list(folder.glob("temporary/*/pytest-[0-9]"))) == 1  # one folder for all processes
+    assert reports[0] == reports[1] and len(reports[0][1]) == 10 and all(reports[0][3])
 
 
 def test_a_test_that_ends_its_process_fails_the_suite_and_is_named(tmp_path):
@@ -95,5 +99,6 @@ def test_whatever_ends_them_leaves_no_process_behind(tmp_path, end, waits):
         process.kill()  # the others notice when they next report
     output, _ = process.communicate(timeout=60)
     wait_for(lambda: has_ended(process.pid), process)
-    assert (tmp_path / "cleaned").exists() and process.returncode in (1, 2, -signal.SIGKILL)
+    assert (tmp_path / "cleaned").exists() and not (tmp_path / "followed").exists()
+    assert process.returncode == {"-x": 1, "Ctrl-C": 2, "kill -9": -signal.SIGKILL}[end]
     assert ("stopping after 1 failures" in output) == (end == "-x")
