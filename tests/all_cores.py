@@ -67,6 +67,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
 def run_files(session: pytest.Session, files: list[list[pytest.Item]], queue: int, connection: Connection,
               received: list[Connection]):
     """In a process of its own: the tests of the first file in the queue, then of the next that is left."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     for other in received:
         other.close()  # so that sending fails when the first process is gone
     plugins = session.config.pluginmanager

@@ -19,7 +19,9 @@ import os, pathlib, pytest, time, warnings
 warnings.warn("of collection")
 def note(text): pathlib.Path("notes").open("a").write(text + " ")
 def test_passes(tmp_path): note("passed")
-def test_fails(capsys): print("some output"); warnings.warn("of a test"); note("failed"); assert 1 == 2
+def test_fails(capsys):
+    while "TOGETHER" in os.environ and not pathlib.Path("waiting").exists(): time.sleep(0.01)
+    print("some output"); warnings.warn("of a test"); note("failed"); assert 1 == 2
 def test_skips(): pytest.skip("for a reason")
 @pytest.fixture
 def broken(): raise ValueError("no fixture")
@@ -30,9 +32,12 @@ def test_comes_last(): note("last")
 WAITS = """
 import os, pathlib, time
 def test_waits():
-    pathlib.Path("waiting").touch()
-    try: time.sleep(float(os.environ["WAITS"]))
-    finally: pathlib.Path("cleaned").touch()
+    try:
+        time.sleep(0.3)  # until both processes are there: Python forgets a Ctrl-C that comes during a fork
+        pathlib.Path("waiting").touch()
+        time.sleep(float(os.environ["WAITS"]))
+    finally:
+        pathlib.Path("cleaned").touch()
 def test_follows(tmp_path): pathlib.Path("followed").touch()
 """
 
@@ -46,7 +51,8 @@ def start(folder: Path, *flags: str, loop: bool = True, waits: float = 0, **envi
     environment = os.environ | environment | {
         "PYTHONPATH": str(Path(__file__).parent), "PYTEST_DEBUG_TEMPROOT": "temporary", "WAITS": str(waits)}
     return subprocess.Popen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *flags], cwd=folder,
-                            env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+                            env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
 
 def wait_for(condition, process: subprocess.Popen):
@@ -91,7 +97,7 @@ def test_a_test_that_ends_its_process_fails_the_suite_and_is_named(tmp_path):
 
 @pytest.mark.parametrize("end, waits", [("-x", 50), ("Ctrl-C", 50), ("kill -9", 1)])
 def test_whatever_ends_them_leaves_no_process_behind(tmp_path, end, waits):
-    process = start(tmp_path, "-q", *["-x"] * (end == "-x"), waits=waits)
+    process = start(tmp_path, "-q", *["-x"] * (end == "-x"), waits=waits, TOGETHER="1")
     wait_for((tmp_path / "waiting").exists, process)
     if end == "Ctrl-C":
         os.killpg(process.pid, signal.SIGINT)
