@@ -59,7 +59,10 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
         raise
     finally:
         for process in processes.values():
-            process.join(10)  # a test may have to end processes of its own
+            process.join(5)  # a test may have to end processes of its own
+            if process.is_alive():  # training, which takes the first Ctrl-C for itself
+                os.kill(process.pid, signal.SIGINT)
+                process.join(5)
             process.kill()
     return True
 
