@@ -9,13 +9,14 @@ import multiprocessing
 import os
 import signal
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 
 import pytest
 
 
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
     """Share the test files out to processes; None leaves a few files, or what needs the terminal, to pytest."""
-    files, option, hook = {}, session.config.option, session.config.hook
+    files, option = {}, session.config.option
     for item in session.items:
         files.setdefault(item.path, []).append(item)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1  # only Linux has it
@@ -28,7 +29,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     queue, entry = os.pipe()
     os.write(entry, bytes(range(len(files))))
     os.close(entry)
-    context, processes, running = multiprocessing.get_context("fork"), {}, {}
+    context, processes = multiprocessing.get_context("fork"), {}  # by the connection that each reports through
     for _ in range(min(cores, 4)):
         received, sent = context.Pipe(duplex=False)
         arguments = (session, slow_first, queue, sent, [*processes, received])
@@ -36,25 +37,9 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
         processes[received].start()
         sent.close()
     try:
-        while processes:
-            for connection in wait(list(processes)):
-                try:
-                    kind, content = connection.recv()
-                except EOFError:
-                    session.shouldfail = f"{running.get(connection)} has ended the process it ran in"
-                    raise session.Failed(session.shouldfail) from None
-                if kind == "start":
-                    running[connection] = content
-                elif kind == "report":
-                    hook.pytest_runtest_logreport(report=content)
-                elif kind == "warning":
-                    hook.pytest_warning_recorded.call_historic(kwargs=content)
-                else:
-                    processes.pop(connection).join()
-                if session.shouldfail or session.shouldstop:
-                    raise session.Failed(session.shouldfail or session.shouldstop)
+        report(session, processes)
     except session.Failed:
-        for process in filter(multiprocessing.Process.is_alive, processes.values()):
+        for process in filter(BaseProcess.is_alive, processes.values()):
             os.kill(process.pid, signal.SIGINT)  # what Ctrl-C sends to all
         raise
     finally:
@@ -65,6 +50,28 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
                 process.join(5)
             process.kill()
     return True
+
+
+def report(session: pytest.Session, processes: dict[Connection, BaseProcess]):
+    """Pass on to pytest what the processes send, until all have ended. Raises Failed where it would stop."""
+    running = {}  # the test that each has last begun
+    while processes:
+        for connection in wait(list(processes)):
+            try:
+                kind, content = connection.recv()
+            except EOFError:
+                session.shouldfail = f"{running.get(connection)} has ended the process it ran in"
+                raise session.Failed(session.shouldfail) from None
+            if kind == "start":
+                running[connection] = content
+            elif kind == "report":
+                session.config.hook.pytest_runtest_logreport(report=content)
+            elif kind == "warning":
+                session.config.hook.pytest_warning_recorded.call_historic(kwargs=content)
+            else:
+                processes.pop(connection).join()
+            if session.shouldfail or session.shouldstop:
+                raise session.Failed(session.shouldfail or session.shouldstop)
 
 
 def run_files(session: pytest.Session, files: list[list[pytest.Item]], queue: int, connection: Connection,
