@@ -1,0 +1,38 @@
+"""Run one of the scripts with first stages whose encoder normalizes each position by itself.
+
+    python results/locality/position_norm.py train_vq.py --out runs/locality/vq
+
+The encoder's GroupNorms take their statistics over the whole picture. Here a LayerNorm over the channels of each position stands
+in for each of them; the decoder, and all else, stays as it is. What is trained so is also sampled and measured through this script.
+"""
+import runpy
+import sys
+from pathlib import Path
+
+import torch.nn as nn
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+
+import vq
+
+
+class PositionNorm(nn.LayerNorm):
+    """(B, C, H, W) → (B, C, H, W): zero mean and unit variance over the channels of each position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)  # by (B, H, W, C)
+
+
+def encoder(config: vq.VQConfig, of_groups=vq.encoder, group_norm=vq.norm) -> nn.Sequential:
+    vq.norm = lambda channels: PositionNorm(channels, eps=1e-6)
+    network = of_groups(config)
+    vq.norm = group_norm
+    return network
+
+
+if __name__ == "__main__":
+    vq.encoder = encoder
+    sys.argv = sys.argv[1:]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# First stages whose encoder normalizes each position by itself, and priors on them. From the repository's root, after results/conditions/judge.py; some two
+# hours on one core:
+#     bash results/locality/run.sh
+set -euo pipefail
+with="python results/locality/position_norm.py"
+$with train_vq.py --out runs/locality/vq
+$with train_gpt.py --vq runs/locality/vq/checkpoint.pt --codes-dir runs/locality/codes --out runs/locality/row
+$with results/locality/measure.py runs/locality/vq/checkpoint.pt
+$with results/conditions/measure.py runs/locality/row/checkpoint.pt
+for seed in 0 1 2; do
+    run=runs/locality-$seed
+    $with train_vq.py --preset demo --steps 3300 --eval-every 1650 --seed $seed --out $run/vq
+    $with results/locality/measure.py $run/vq/checkpoint.pt
+    for order in row spiral; do
+        $with train_gpt.py --preset demo --steps 5700 --eval-every 570 --vq $run/vq/checkpoint.pt --order $order --seed $seed --codes-dir $run/codes --out $run/$order
+        $with results/conditions/measure.py $run/$order/checkpoint.pt
+    done
+done
