@@ -12,12 +12,12 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 import cifar10
 import scenes
 from files import RESTRICTED, Preparation
-from gpt import GPT, GPTConfig
+from gpt import GPT, GPTConfig, Sampling
 from kernels.causal_attention import OPERATORS
 from orderings import TokenLayout
 from outputs import announce, duration, memory, si
 from run import autocast
-from stages import FirstStage, Prior, Sampling, Stages
+from stages import FirstStage, Prior, Stages
 from vq import VQ, VQConfig
 
 ATEN = torch.ops.aten
@@ -30,7 +30,7 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # FLOP/s in bfloat16, 
 
 
 class CountOperations(TorchDispatchMode):  # torch's FlopCounterMode fails at autograd.grad, for λ
-    """Sums up the floating-point operations of matrix products, convolutions and attention without mask."""
+    """Sums up floating-point operations: of matrix products, convolutions, and attention as if unmasked."""
 
     flops = 0
 
@@ -45,8 +45,8 @@ def benchmark_training(train_step: Callable[[], Any], config: Any, device: torch
                        units: int):
     """Print what all steps of a run will cost, from the median of five on this machine.
 
-    `units`: images or tokens of one picture. Share of the peak: the step's operations against the GPU's data
-    sheet, or against a large matrix product where that is not known.
+    `units` of each picture: 1 image, or T tokens. Share of the peak: the step's operations against the GPU's
+    data sheet, or against a large matrix product where that is not known.
     """
     def measure(step: Callable[[], Any]) -> float:
         began = time.perf_counter()

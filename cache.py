@@ -36,7 +36,7 @@ class Views:
 def cached_codes(config: Any, split: str, dataset, stages: Stages, process: run.Process) -> dict[str, Views]:
     """Codes of each field of a data set, each view (N, h, w) uint16; of a class (N,).
 
-    Pictures of training have `config.views` views, the first without augmentation; others have that alone.
+    Training pictures have `config.views` views, the first without augmentation; others have only that one.
     Each view has a file for each field, complete or absent, whose name is the hash of all that its codes
     depend on: network, pictures, augmentation. So a stale file is never read, runs of all orders share one,
     and more views add files. All fields are encoded in one pass, by all processes of the run.
@@ -111,7 +111,7 @@ def reserve(path: Path, part: Path, shape: tuple[int, ...]) -> Iterator[None]:
 
 
 def open_locked(path: Path) -> BinaryIO:
-    """A new file that nobody else has locked until it is closed, whatever becomes of the process."""
+    """Create a file, and lock it until it is closed or the process ends, however that happens."""
     while True:
         file = path.open("wb")
         with contextlib.suppress(OSError):  # a file system may have no locks
@@ -133,8 +133,9 @@ def read_codes(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """The codes in a file, (N, …). Raises ValueError for another file."""
     try:
         codes = np.load(path, mmap_mode="r")
-        assert codes.shape == shape and codes.dtype == np.uint16, (codes.shape, codes.dtype)
-    except (ValueError, EOFError, AssertionError) as error:
+        if (codes.shape, codes.dtype) != (shape, np.uint16):
+            raise ValueError(f"{codes.dtype} of the shape {codes.shape}")
+    except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and the codes are recomputed") from None
     return codes
 

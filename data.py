@@ -33,13 +33,11 @@ import run
 import scenes
 from files import (ADE20K_SEGMENTS, FIELDS, LAYOUTS, NO_LABEL, READER_VERSION, VALIDATION_SHARE, Preparation,
                    Record, UnreadableError, open_field)
-from outputs import printable
-from scenes import draw_keypoints
+from outputs import announce, printable
 
 OFFERED = {"scenes": (*FIELDS, "class"), "cifar10": ("image", "class"), "folder": (*FIELDS, "class"),
            "imagenet": ("image", "depth", "class"), "restricted-imagenet": ("image", "depth", "class"),
            "ade20k": ("image", "segmentation"), "deepfashion": ("image", "pose")}
-DATASETS = tuple(OFFERED)
 SCENES = {"train": 16_000, "val": 1000}  # pictures in each split; any number could be drawn
 # A label is never a mixture of two, and depth stays in [−1, 1], which bicubic would leave.
 RESAMPLING = {"image": Image.Resampling.BICUBIC, "segmentation": Image.Resampling.NEAREST,
@@ -47,6 +45,10 @@ RESAMPLING = {"image": Image.Resampling.BICUBIC, "segmentation": Image.Resamplin
 
 # Seed and epoch of an augmentation; None: center crop, not mirrored.
 Key = tuple[int, ...] | None
+
+
+# Small scenes are kept for the next epoch, and for a second stage that encodes what the first was trained on.
+draw_once = functools.cache(scenes.draw_scene)
 
 
 class Scenes:
@@ -68,7 +70,7 @@ class Scenes:
         known = {"image": scene.image.transpose(2, 0, 1),  # (S, S, 3) → (3, S, S)
                  "segmentation": scene.segmentation, "depth": scene.depth, "class": np.int64(scene.label)}
         if "pose" in self.fields:  # drawn at four times the size, for smooth edges
-            pose = draw_keypoints(4 * scene.keypoints, (4 * self.size, 4 * self.size), scenes.LIMBS).reduce(4)
+            pose = scenes.draw_keypoints(4 * scene.keypoints, (4 * self.size,) * 2, scenes.LIMBS).reduce(4)
             known["pose"] = np.array(pose).transpose(2, 0, 1)  # (S, S, 3) → (3, S, S)
         return {field: known[field] for field in self.fields}
 
@@ -82,10 +84,6 @@ class Scenes:
 
     def digest(self) -> str:
         return f"scenes {self.split} {len(self)}"
-
-
-# Small scenes are kept for the next epoch, and for a second stage that encodes what the first was trained on.
-draw_once = functools.cache(scenes.draw_scene)
 
 
 class Cifar10:
@@ -153,7 +151,7 @@ class Files:
         raise UnreadableError(f"{len(unreadable)} pictures in a row cannot be read; {unreadable[index]}")
 
     def report(self, unreadable: dict[int, str]):
-        """Name each file once, with a running count. Raises ValueError if they are more than one in 100."""
+        """Name each file once, with a running count. ValueError for more than five and one in 100."""
         for index, sentence in unreadable.items():
             if index not in self.unreadable:
                 self.unreadable.add(index)
@@ -167,12 +165,15 @@ class Files:
         """Labels of the masks: one more than the largest, for which all are read."""
         if self.layout == "ade20k":
             return ADE20K_SEGMENTS
-        largest = 0
+        seen = np.zeros(NO_LABEL + 1, bool)
         for record in self.records:
             with contextlib.suppress(UnreadableError):  # reported in training, refused in validation
-                labels = np.asarray(open_field("segmentation", record, self.preparation))
-                largest = max(largest, int(labels.max(initial=0, where=labels != NO_LABEL)))
-        return 1 + largest
+                seen[np.asarray(open_field("segmentation", record, self.preparation))] = True
+        labels = np.flatnonzero(seen[:NO_LABEL])
+        if self.train and 2 * len(labels) <= labels.max(initial=0):
+            announce(f"warning: {len(labels)} labels up to {labels[-1]} in the masks of {self.directory}: if "
+                     "these are shades of grey, number them 0, 1, 2, …")
+        return 1 + int(labels.max(initial=0))
 
     def fingerprint(self) -> str:
         return (f"{self.layout} {self.train} {self.preparation} {READER_VERSION} {self.directory.resolve()} "
@@ -204,16 +205,16 @@ def prepare(record: Record, preparation: Preparation, random: np.random.Generato
     pictures = {field: open_field(field, record, preparation) for field in fields}
     (width, height), size = pictures[fields[0]].size, preparation.size
     H, W = shape or (size, size)
+    scale = max(W / width, H / height)
     name = record.get("image", record[fields[0]])
-    if min(width, height) < size and not preparation.upscale:
-        raise ValueError(f"{name} has {width}×{height} pixels, too few for an image_size of {size}: remove "
-                         "it, or train the first stage with --upscale or a lower --image-size")
+    if scale > 1 and not preparation.upscale:
+        raise ValueError(f"{name} has {width}×{height} pixels, too few for {W}×{H}: remove it, or train the "
+                         "first stage with --upscale or a lower --image-size")
     for field, picture in pictures.items():
         pixel = 1 / min(width, height, *picture.size)  # rounding error of a small picture's sides
         if abs(width / height * picture.height / picture.width - 1) > 0.02 + pixel:
-            raise ValueError(f"{record[field]} has {picture.width}×{picture.height} pixels but {name} "
-                             f"{width}×{height}: both must show the same, upright, at any resolution")
-    scale = max(W / width, H / height)
+            raise ValueError(f"{record[field]} has another aspect ratio than {name}: both must show the "
+                             "same, upright, at any resolution")
     width, height = round(width * scale), round(height * scale)
     left, top, mirrored = (width - W) // 2, (height - H) // 2, False
     if random:
@@ -251,6 +252,7 @@ def check_offered(name: str, field: str):
 
 def open_dataset(name: str, directory: str, split: str, preparation: Preparation) -> Scenes | Cifar10 | Files:
     """The `split` ("train" or "val") of a data set. ValueError or FileNotFoundError say what is missing."""
+    run.check_choice("split", split, ("train", "val"))
     for field in preparation.fields:
         check_offered(name, field)
     if name == "scenes":

@@ -3,8 +3,9 @@
 A layout lists a folder as records, one a picture: {"image": file, "segmentation": file, …, "class": label},
 with the fields asked for. What is missing or cannot be told raises FileNotFoundError or ValueError.
 
-    folder               any pictures, or images/x.jpg beside segmentation/x.png, depth/x.png and pose/x.png;
-                         in train/ and val/, or one name in 20 is kept for validation; class subfolders
+    folder               any pictures, or images/x.jpg beside segmentation/x.png, depth/x.png or .npy and
+                         pose/x.png or .npy; in train/ and val/, or one name in 20 is kept for validation;
+                         class subfolders
     imagenet             train/<wnid>/*.JPEG, val/<wnid>/*.JPEG; depth maps in depth/train/<wnid>/, depth/val/
     restricted-imagenet  the same folder; nine groups of its 1,000 classes
     ade20k               images/{training,validation}/*.jpg, annotations/{training,validation}/*.png
@@ -28,7 +29,8 @@ Listing = tuple[dict[Path, Record], tuple[str, ...]]  # a split's records by nam
 READER_VERSION = 2  # raise it when anything here changes what a file becomes: cached codes are then made anew
 
 FIELDS = ("image", "segmentation", "depth", "pose")
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")  # case does not matter
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",  # case does not matter
+            ".heic", ".heif", ".avif")  # which Pillow may not read: named, not left out silently
 SUFFIXES = {"image": PICTURES,
             "segmentation": (".png", ".bmp", ".tif", ".tiff"),  # not lossy, nor GIF, which renumbers labels
             "depth": (*PICTURES, ".npy"), "pose": (*PICTURES, ".npy")}
@@ -130,11 +132,16 @@ def label_classes(records: dict[Path, Record], classes: tuple[str, ...]):
 def any_folder(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
     """Your own pictures; masks, depth maps and poses in folders of that name beside images/."""
     there = {path.name.lower(): path for path in subfolders(directory)}
-    validation = [there[name] for name in VALIDATION_FOLDERS if name in there]
-    if len(validation) > 1 or "train" not in there and SPLIT_FOLDERS & set(there):
+    named = [there[name] for name in VALIDATION_FOLDERS if name in there]
+    if len(named) > 1 or "train" not in there and SPLIT_FOLDERS & set(there):
         raise unclear(directory)
-    train, validation = there.get("train", directory), (validation or [there.get("test")])[0]
-    records = pair_by_stem(field_folders(validation if split == "val" and validation else train, fields))
+    train, validation = there.get("train", directory), named[0] if named else there.get("test")
+    folders = field_folders(validation if split == "val" and validation else train, fields)
+    records = pair_by_stem(folders)
+    inside = {place.name.lower(): place for name in records for place in name.parents}
+    masks, splits = MASK_FOLDERS & set(inside) if "image" in folders else set(), SPLIT_FOLDERS & set(inside)
+    if masks or len(splits) > 1:  # one may be a class
+        raise unclear(next(iter(folders.values())), [inside[name] for name in sorted(masks | splits)])
     classes = ()
     if "class" in fields:
         field, place = next(iter(field_folders(train, fields).items()))
@@ -148,26 +155,23 @@ def any_folder(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
 
 
 def field_folders(root: Path, fields: tuple[str, ...]) -> dict[str, Path]:
-    """Where the files of each field lie. ValueError if masks or splits may be among the pictures."""
+    """Where the files of each field lie. ValueError if that cannot be told."""
     there = {path.name.lower(): path for path in subfolders(root)}
     asked = [field for field in fields if field != "class"] or ["image"]
     beside = set(FIELDS[1:]) & set(there)
     images = there.get("images", root if asked == ["image"] else root / "images")
-    mixed = len(there) > 1 and not beside if "images" in there else MASK_FOLDERS & set(there)
+    mixed = (len(there) > 1 and not beside) if "images" in there else MASK_FOLDERS & set(there)
     if "image" in asked and mixed:
         raise unclear(root)
     folders = {field: images if field == "image" else there.get(field, root / field) for field in asked}
     poses = list_files(there["pose"], "pose") if "pose" in asked and "pose" in there else []
     if any(path.suffix.lower() == ".npy" for path in poses):
         folders["image"] = images  # its size is needed to draw the key points
-    for folder in folders.values():
-        if len(SPLIT_FOLDERS & {path.name.lower() for path in subfolders(folder)}) > 1:  # one may be a class
-            raise unclear(folder)
     return folders
 
 
-def unclear(folder: Path) -> ValueError:
-    names = ", ".join(path.name for path in subfolders(folder))
+def unclear(folder: Path, places: list[Path] | None = None) -> ValueError:
+    names = ", ".join(map(str, places or [path.name for path in subfolders(folder)]))
     return ValueError(f"{folder} has the folders {names}: which hold pictures, and which validation, "
                       "cannot be told; expected are train/ and val/ or neither, each with pictures, or "
                       "images/ beside segmentation/, depth/ or pose/ (for ADE20K: --data ade20k)")
@@ -280,7 +284,7 @@ def open_labels(path: Path, void_label: int = NO_LABEL, segments: int = 0) -> Im
     wrong = labels[(labels != NO_LABEL) & ((labels < 0) | (labels >= limit))]
     if wrong.size:
         raise ValueError(f"{path} has the label {wrong[0]}, but labels go from 0 to {limit - 1} (255: "
-                         "none): correct it, raise --segments, or declare it void by --void-label")
+                         "none): correct it, or train its first stage with more --segments or --void-label")
     return Image.fromarray(labels.astype(np.uint8))
 
 
@@ -323,9 +327,11 @@ def open_pose(pose: Path | ndarray, image: Path | None, size: int) -> Image.Imag
     if points.ndim != 2 or points.shape[1] not in (2, 3):
         raise ValueError(f"{pose} has the shape {points.shape}; key points are (J, 2), x and y in "
                          "pixels of the image, or (J, 3) with 0 in the last column where one is unknown")
+    largest = np.nanmax(points[:, :2], initial=0)
+    if 0 < largest <= 1:
+        raise ValueError(f"{pose} has key points up to {largest:.2g}; multiply them by the picture's sides")
     if image:
         return draw_keypoints(points, open_image(image).size)
-    largest = np.nanmax(points[:, :2], initial=0)
     if largest > size:
         raise ValueError(f"{pose} has key points up to {largest:.0f}; without an image they are pixels "
                          f"of a picture of {size}×{size}: scale them to that")

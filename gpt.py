@@ -67,10 +67,11 @@ class KeyValueCache:
     """Keys and values of the tokens seen so far, in memory allocated once for `capacity` positions."""
 
     def __init__(self, config: GPTConfig, batch: int, capacity: int, weight: Tensor):
-        device = weight.device.type  # keys and values are of the dtype that linear layers return
+        device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         shape = (config.n_layer, batch, config.n_head, capacity, config.n_embd // config.n_head)
-        self.keys = weight.new_empty(shape, dtype=dtype)  # (layers, B, heads, capacity, d)
+        # (layers, B, heads, capacity, d), of the dtype that linear layers return
+        self.keys = weight.new_empty(shape, dtype=dtype)
         self.values = torch.empty_like(self.keys)
         self.length = 0  # positions filled
 
@@ -83,7 +84,7 @@ class KeyValueCache:
         return causal_attention(query, self.keys[layer, :, :, :end], self.values[layer, :, :, :end])
 
 
-capture_stream = functools.cache(torch.cuda.Stream)  # of a device: cuBLAS keeps a workspace for each stream
+capture_stream = functools.cache(torch.cuda.Stream)  # one a device: cuBLAS keeps a workspace for each stream
 
 
 class CapturedStep:
@@ -205,7 +206,7 @@ class GPT(nn.Module):
         Raises ValueError if the sequence outgrows `block_size`.
         """
         T, start = tokens.shape[1], 0 if cache is None else cache.length
-        # What a CUDA graph records has its length in GPU memory; `generate` has looked whether all fits.
+        # While a CUDA graph is recorded, the length lies in GPU memory; `generate` has checked that all fits.
         if not isinstance(start, Tensor) and start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit the {self.config.block_size} positions of this "
                              "GPT (block_size)")

@@ -103,7 +103,7 @@ class PerceptualLoss(nn.Module):
                              f"(B, 1 or 3, H, W) of at least {smallest}×{smallest} pixels")
         for batch in (images, others):
             largest = batch.detach().abs().amax().item()
-            if not batch.is_floating_point() or largest > 1.001:  # 0.001 for rounding; NaN passes
+            if batch.dtype != torch.float32 or largest > 1.001:  # 0.001 for rounding; NaN passes
                 raise ValueError(f"images are {batch.dtype} up to ±{largest:.4g}; LPIPS needs float32 in "
                                  "[−1, 1], not [0, 255]")
         return self.distance(images, others)
@@ -250,8 +250,8 @@ class Adversary:
     def train_step(self, images: Tensor, reconstructions: Tensor, lr: float) -> dict[str, Tensor]:
         """One step of D on images and reconstructions (B, C, H, W): its loss and mean logits, for the log.
 
-        Two passes, as in VQGAN: neither batch is normalized by the other's statistics. So gradients are
-        averaged here: DistributedDataParallel would overwrite BatchNorm's buffers in each pass.
+        Two passes, as in VQGAN: neither batch is normalized by the other's statistics. Gradients are averaged
+        here, as DistributedDataParallel by default also broadcasts BatchNorm's buffers before each pass.
         """
         real = self.discriminator(images)  # (B, 1, h', w')
         fake = self.discriminator(reconstructions.detach())

@@ -126,7 +126,7 @@ def ranks(p: Tensor, height: int, width: int) -> Tensor:
 
 
 def unroll(codes: Tensor, p: Tensor) -> Tensor:
-    """The grid as a sequence: codes (B, h, w) → (B, T), in the order p (T,). ValueError if sizes differ."""
+    """The grid as a sequence: codes (B, h, w) → (B, T), in the order p (T,). ValueError unless h·w = T."""
     if codes.shape[1] * codes.shape[2] != p.numel():
         raise ValueError(f"an order of {p.numel()} steps cannot unroll a grid of "
                          f"{codes.shape[1]}×{codes.shape[2]} cells")
@@ -169,10 +169,13 @@ class TokenLayout:
     def __post_init__(self):
         if self.order not in ORDERINGS:
             raise ValueError(f"order is {self.order!r}; choose one of {', '.join(ORDERINGS)}")
+        if min(self.codebook_size, self.height, self.width) < 1:
+            raise ValueError(f"{self.height}×{self.width} cells of {self.codebook_size} codes; each number "
+                             "must be at least 1")
         sides = (*self.scales, min(self.height, self.width))
         if any(a < 1 or b <= a or self.height % a or self.width % a for a, b in zip(sides, sides[1:])):
             raise ValueError(f"scales are {self.scales}; they must grow, and divide "
-                             f"{self.height}×{self.width}")
+                             f"{self.height}×{self.width}: --multiscale needs sides that are powers of two")
         if (self.condition_size > 0) != (self.condition_length > 0):
             raise ValueError(f"condition_length is {self.condition_length} and condition_size "
                              f"{self.condition_size}; both must be 0, or neither")
@@ -215,7 +218,8 @@ class TokenLayout:
         """What comes before the image: (B, P) int64.
 
         `condition` has B rows of P codes, in any shape, in [0, C); −1 stands for the null token. Without one
-        all tokens are the null token, which starts an unconditional sequence. Raises ValueError.
+        all tokens are the null token, which starts an unconditional sequence. Raises ValueError for another
+        number of codes; their values are not looked at.
         """
         if condition is None:
             if not self.null_token:
@@ -247,8 +251,12 @@ class TokenLayout:
     def loss(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """Cross-entropy of each image token, none of the prefix (§4, p(z|c)): (B, T) float32, in nats.
 
-        `logits` (B, P + T − 1, V) are a GPT's for tokens[:, :-1], of the tokens (B, P + T).
+        `logits` (B, P + T − 1, V) are a GPT's for tokens[:, :-1], of the tokens (B, P + T). ValueError for
+        another number of them.
         """
+        if logits.shape[1] != tokens.shape[1] - 1:
+            raise ValueError(f"logits of {logits.shape[1]} positions for {tokens.shape[1]} tokens; the last "
+                             "token is never an input")
         T = sum(self.lengths)
         logits, targets = logits[:, -T:].float(), tokens[:, -T:]  # (B, T, V), (B, T)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(-1, T)

@@ -128,7 +128,8 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
     """Read a checkpoint ("vq", "gpt") onto the CPU. Raises FileNotFoundError; ValueError for another file."""
     advice = f"name a checkpoint.pt that train_{kind}.py has written, or train one in another --out"
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; {advice}")
+        problem = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {problem}; {advice}")
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # its checksums, which torch.load does not look at

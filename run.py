@@ -60,8 +60,8 @@ def configure(presets: dict[str, Any], argv: list[str] | None) -> tuple[Any, dic
     elif path and config.resume:
         announce(f"{path} does not exist yet: starting at step 0")
     for useless, names, reason in config.without_effect():
-        for name in set(names.split()) & set(flags) if useless else ():
-            raise UsageError(f"{flag(name)} has no effect here: {reason}")
+        if given := useless and set(names.split()) & set(flags):
+            raise UsageError(f"{flag(min(given))} has no effect here: {reason}")
     return config, checkpoint
 
 
@@ -160,7 +160,7 @@ class Process(NamedTuple):
             torch.distributed.barrier()
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over all processes."""
+        """Sum a tensor over all processes, in place."""
         if self.world > 1:
             torch.distributed.all_reduce(values)
         return values
@@ -186,7 +186,7 @@ class Process(NamedTuple):
         return torch.stack(parts, 1).flatten(0, 1)
 
     def agree(self, values: list) -> list:
-        """The first process's list of plain values, on all."""
+        """The first process's list, on all."""
         if self.world > 1:
             torch.distributed.broadcast_object_list(values, device=self.device)
         return values
@@ -226,7 +226,7 @@ def start(config: Any) -> Process:
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None,
-            timeout=timedelta(minutes=30))  # gloo's; NCCL's 10 may be too few for the first one's download
+            timeout=timedelta(minutes=30))  # gloo's own; in NCCL's 10 a download may not end
     torch.manual_seed(config.seed)
     return Process(device, rank, world)
 
@@ -248,7 +248,7 @@ def steps(config: Any, process: Process, first_step: int) -> Iterator[tuple[int,
     with deferred_signals() as received:
         for step in range(first_step + 1, config.steps + 1):
             last, stop = step == config.steps, bool(received)
-            if process.world > 1:  # all must agree; asking waits for a GPU, so there only now and then
+            if process.world > 1:  # all must agree; asking synchronizes a GPU: there every tenth step
                 stop = (step % 10 == 0 or process.device.type == "cpu") and process.any(stop)
             evaluate = last or step % config.eval_every == 0
             save = last or stop or step % config.checkpoint_every == 0

@@ -56,7 +56,7 @@ class SampleConfig:
     hide: bool = False  # grey out the part to be completed before encoding: else the kept codes leak it
     scales_from: str = ""  # picture or folder whose 0, 1, 2, … coarsest scales are kept: a row each, §3
 
-    count: int = 0  # samples; of each class, file or scale if some are named; 0: 64, or 4 of each
+    count: int = 0  # samples, in fours beside validation conditions; of each class or file named; 0: 64 or 4
     size: str = ""  # HEIGHTxWIDTH in pixels, larger than in training, by a sliding window
     batch_size: int = 64  # samples drawn at a time
     seed: int = 0  # of the samples
@@ -69,7 +69,7 @@ class SampleConfig:
     def __post_init__(self):
         run.check_at_least(self, 1, "batch_size")
         run.check_at_least(self, 0, "n_head", "count")
-        self.sampling
+        self.sampling  # raises for what cannot be sampled with
         for name, end in (("keep", 1), ("seed", 2**63 - 1)):
             if not 0 <= getattr(self, name) <= end:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, {end}]")
@@ -186,7 +186,8 @@ def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int, int]:
     else:  # so many in all, of the validation split's conditions in a grid four each
         columns = 4 if flag and config.one_file else 1
         count = math.ceil((config.count or 64) / columns)
-        rows = list_conditions(prior, config) if flag else itertools.repeat(Row())
+        rounds = range(count if config.count or not flag else 1)  # a --count goes round the conditions
+        rows = (row for _ in rounds for row in (list_conditions(prior, config) if flag else [Row()]))
         return itertools.islice(rows, count), columns, count * columns
     columns = config.count or 4
     return rows, columns, len(rows) * columns
@@ -220,7 +221,7 @@ def list_conditions(prior: Prior, config: SampleConfig) -> Iterator[Row]:
 def list_inputs(name: str, field: str) -> list[Path]:
     """The file of that name, or all files of a field in that folder, which may be a data set's."""
     folder, others = Path(name), MASK_FOLDERS if field == "image" else {"images", *FIELDS} - {field}
-    if not folder.is_dir():
+    if folder.is_file():
         return [folder]
     paths = [path for path in list_files(folder, field)
              if others.isdisjoint(part.lower() for part in path.relative_to(folder).parts[:-1])]
@@ -230,10 +231,10 @@ def list_inputs(name: str, field: str) -> list[Path]:
 
 
 def find_class(name: str, classes: list[str]) -> int:
-    """The label of a class, given by name or number. Raises UsageError with the names that come nearest."""
+    """The label of a class by name, or by number if no name is one. UsageError tells the nearest names."""
     if name in classes:
         return classes.index(name)
-    if name.isdecimal() and int(name) < len(classes):
+    if name.isdecimal() and int(name) < len(classes) and not any(map(str.isdecimal, classes)):
         return int(name)
     near = difflib.get_close_matches(name, classes, n=3, cutoff=0.4) or classes[:10]
     raise run.UsageError(f"there is no class {name!r} among the {len(classes)} of this model; "
@@ -285,7 +286,8 @@ def draw(prior: Prior, rows: Iterable[Row], columns: int,
     """
     generator = torch.Generator(prior.device).manual_seed(config.seed)
     repeated = (row for row in rows for _ in range(columns))
-    for _, group in itertools.groupby(repeated, key=lambda row: row.given is not None and row.given.shape[1]):
+    for _, group in itertools.groupby(
+            repeated, key=lambda row: 0 if row.given is None else row.given.shape[1]):
         while batch := list(itertools.islice(group, config.batch_size)):
             condition = None if batch[0].condition is None else torch.cat([row.condition for row in batch])
             given = None if batch[0].given is None else torch.cat([row.given for row in batch])

@@ -20,6 +20,7 @@ import data
 import run
 import taming
 from codebook import as_vectors
+from files import Preparation
 from gpt import GPT, GPTConfig, Sampling
 from orderings import ORDERINGS, TokenLayout
 from outputs import announce, load_checkpoint
@@ -29,7 +30,7 @@ from vq import VQ, Palette, VQConfig
 class FirstStage:
     """An autoencoder or palette, the field of the data it codes, and how its pictures were prepared."""
 
-    def __init__(self, vq: VQ | Palette, field: str, preparation: data.Preparation, trained_on: dict):
+    def __init__(self, vq: VQ | Palette, field: str, preparation: Preparation, trained_on: dict):
         """`trained_on` names the data set, its folder and its digest; empty for the authors' files."""
         self.vq, self.field, self.trained_on = vq, field, trained_on
         segments = vq.config.image_channels if field == "segmentation" else 0
@@ -47,7 +48,7 @@ class FirstStage:
         """
         if taming.recognizes(path):
             vq = VQ.from_taming(path).eval().requires_grad_(False)
-            stage = cls(vq, "image", data.Preparation(16 * vq.config.downsampling, upscale=True), {})
+            stage = cls(vq, "image", Preparation(16 * vq.config.downsampling, upscale=True), {})
         else:
             stage = cls.from_state(load_checkpoint(path, "vq"))
         if stage.field != field or field == "image" and stage.vq.config.image_channels != 3:
@@ -56,7 +57,7 @@ class FirstStage:
         return stage
 
     @classmethod
-    def of_pixels(cls, config: Any, preparation: data.Preparation, process: run.Process) -> "FirstStage":
+    def of_pixels(cls, config: Any, preparation: Preparation, process: run.Process) -> "FirstStage":
         """The pixel baseline (§2): a palette of 512 colours, by k-means of 1,024 training crops."""
         colours = torch.rand(512, 3)
         if process.rank == 0 and not config.benchmark:
@@ -79,14 +80,14 @@ class FirstStage:
         vq = Palette(weights["colours"]) if "colours" in weights else VQ(VQConfig(**state["model_config"]))
         vq.load_state_dict(weights)
         vq.eval().requires_grad_(False)
-        return cls(vq, state["target"], data.Preparation(**state["preparation"]), state["trained_on"])
+        return cls(vq, state["target"], Preparation(**state["preparation"]), state["trained_on"])
 
     def to(self, device: torch.device) -> "FirstStage":
         self.vq.to(device, memory_format=run.memory_format(device))
         return self
 
     def was_trained_on(self, name: str, directory: str) -> bool:
-        """Whether a data set is the one of the training: moved elsewhere, or in its place and changed."""
+        """Whether it was trained on these files, wherever they lie, or on this folder before it changed."""
         known, dataset = self.trained_on, data.open_dataset(name, directory, "train", self.preparation)
         same = dataset.digest() == known["digest"]
         in_place = (known["data"], Path(known["data_dir"]).resolve()) == (name, Path(directory).resolve())
@@ -144,7 +145,7 @@ class Prior:
         return self.gpt.head.weight.device
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device, n_head: int = 0) -> "Prior":
+    def load(cls, path: str | Path, device: torch.device | str = "cpu", n_head: int = 0) -> "Prior":
         """From a checkpoint of train_gpt.py, or an unconditional file of the authors'.
 
         Raises FileNotFoundError, or ValueError for another file. `n_head`: see `GPT.from_taming`.
@@ -154,12 +155,12 @@ class Prior:
         checkpoint = load_checkpoint(path, "gpt")
         gpt = GPT(GPTConfig(**checkpoint["model_config"]))
         gpt.load_state_dict(checkpoint["model"])
-        return cls(gpt, TokenLayout(**checkpoint["layout"]), stages_from_state(checkpoint["stages"]),
+        return cls(gpt.eval(), TokenLayout(**checkpoint["layout"]), stages_from_state(checkpoint["stages"]),
                    checkpoint["trained_on"]).to(device)
 
-    def to(self, device: torch.device) -> "Prior":
+    def to(self, device: torch.device | str) -> "Prior":
         for part in filter(None, (self.gpt, *self.stages.values())):
-            part.to(device)
+            part.to(torch.device(device))
         return self
 
     @classmethod

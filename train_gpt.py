@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -29,10 +28,10 @@ from benchmark import benchmark_training, random_codes
 from cache import encode_pictures
 from codebook import entropy
 from files import FIELDS
-from gpt import GPT, GPTConfig
+from gpt import GPT, GPTConfig, Sampling
 from orderings import ORDERINGS, TokenLayout
 from outputs import Log, announce, picture_grid, save_checkpoint, save_picture, set_random_state
-from stages import FirstStage, Prior, Sampling, Stages, stages_from_state
+from stages import FirstStage, Prior, Stages, stages_from_state
 from vq import VQ
 
 MAPS = FIELDS[1:]  # conditions with a first stage of their own: segmentation, depth and pose
@@ -53,7 +52,7 @@ class TrainConfig:
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
     workers: int = -1  # of the data loader; -1: one a core, at most 8 (none for data in memory)
     vq: str = ""  # first stage: by train_vq.py, or the authors' (vqgan.ckpt); empty: runs/vq-PRESET-DATA/
-    views: int = 1  # encodings of each training picture: as it is, then augmented as in the first stage
+    views: int = 1  # encodings of each training picture: as it is, then cropped, and mirrored, at random
     codes_dir: str = "runs/codes"  # folder of the code cache, which all runs share
 
     order: str = "row"  # row, spiral, zcurve, subsample or alternate: how a grid is unrolled, §3, Fig. 2
@@ -91,7 +90,7 @@ class TrainConfig:
 
     def __post_init__(self):
         run.check_training(self)
-        run.check_choice("data", self.data, data.DATASETS)
+        run.check_choice("data", self.data, data.OFFERED)
         run.check_choice("order", self.order, ORDERINGS)
         run.check_choice("condition", self.condition, ("none", "class", *MAPS))
         run.check_at_least(self, 1, "views")
@@ -104,7 +103,7 @@ class TrainConfig:
             raise ValueError("256×256 pixels are too many tokens: try --preset demo or cifar10, of 32×32")
         if self.pixels and (self.multiscale or self.vq):
             raise ValueError("pixels have neither a first stage (--vq) nor coarser scales (--multiscale)")
-        self.sampling
+        self.sampling  # this and the next raise for what does not fit
         self.model(TokenLayout(codebook_size=1, height=1, width=1))
 
     @property
@@ -124,7 +123,7 @@ class TrainConfig:
     def without_effect(self) -> list[tuple[bool, str, str]]:
         """Flags that do nothing if the first value is true, and why."""
         return [
-            (self.data == "scenes", "data_dir views", "the scenes are drawn, not read or augmented"),
+            (self.data == "scenes", "data_dir views", "scenes are drawn; files need --data folder"),
             (self.condition not in MAPS, "condition_vq", "only segmentation, depth and pose have one"),
             (self.condition == "none", "condition_dropout", "there is no condition to drop; add --condition"),
             (self.benchmark, "resume views codes_dir temperature top_k log_every eval_every checkpoint_every",
@@ -152,6 +151,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 
     # The frozen first stages, and each picture's codes, which are computed once and cached.
     stages = open_stages(config, checkpoint, process)
+    token_layout(config, stages, int(config.condition == "class"))  # what does not fit raises before encoding
     training, validation, trained_on = (random_codes(config, stages) if config.benchmark else
                                         encode_pictures(config, stages, checkpoint, process))
     layout = token_layout(config, stages, classes=len(trained_on["classes"]))
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if config.clip:
-            nn.utils.clip_grad_norm_(gpt.parameters(), config.clip)
+            torch.nn.utils.clip_grad_norm_(gpt.parameters(), config.clip)
         optimizer.step()
         return {"train": loss}
 
@@ -283,8 +283,8 @@ def describe(config: TrainConfig, prior: Prior, training: dict, validation: dict
              f"tokens, {layout.block_size} positions, {parameters:,} parameters · {device} · {config.folder}")
     if not config.benchmark:
         unigram = entropy(torch.from_numpy(np.bincount(validation["image"].flatten())))
-        announce(f"{len(training['image']):,} training, {len(validation['image']):,} validation pictures · "
-                 f"baselines: {math.log(layout.codebook_size):.3f} nats/token for a uniform guess, "
+        announce(f"{len(training['image'].dataset):,} training and {len(validation['image']):,} validation "
+                 f"pictures; baselines: {math.log(layout.codebook_size):.3f} nats/token for a uniform guess, "
                  f"{unigram:.3f} for the frequency of each code of the finest grid")
 
 

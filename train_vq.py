@@ -24,7 +24,7 @@ import data
 import run
 from benchmark import benchmark_training
 from codebook import codebook_use, initialize_codebook, restart_dead_codes, use_colours
-from files import FIELDS, Preparation
+from files import FIELDS, NO_LABEL, Preparation
 from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, image_loss, mask_loss,
                     score_images, score_masks)
 from outputs import (Log, announce, describe_data, picture_grid, save_checkpoint, save_picture,
@@ -90,14 +90,14 @@ class TrainConfig:
 
     def __post_init__(self):
         run.check_training(self)
-        run.check_choice("data", self.data, data.DATASETS)
+        run.check_choice("data", self.data, data.OFFERED)
         data.check_offered(self.data, self.target)
         run.check_choice("target", self.target, FIELDS)
         run.check_choice("perceptual", self.perceptual, ("none", *SMALLEST))
         run.check_at_least(self, 1, "image_size", "discriminator_layers")
         run.check_at_least(self, 0, "segments", "void_label", "restart_every", "perceptual_weight",
                            "discriminator_weight", "discriminator_start", "discriminator_ramp")
-        for name, most in (("codebook_size", 2**16), ("segments", data.NO_LABEL),  # kept in 16 and 8 bits
+        for name, most in (("codebook_size", 2**16), ("segments", NO_LABEL),  # kept in 16 and 8 bits
                            ("discriminator_start", 1e12), ("discriminator_ramp", 1e12)):
             if getattr(self, name) > most:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at most {most:.0f}")
@@ -140,7 +140,7 @@ class TrainConfig:
     def without_effect(self) -> list[tuple[bool, str, str]]:
         """Flags that do nothing if the first value is true, and why."""
         return [
-            (self.data == "scenes", "data_dir flip upscale", "the scenes are drawn, not read or augmented"),
+            (self.data == "scenes", "data_dir flip upscale", "scenes are drawn; files need --data folder"),
             (self.data == "cifar10", "upscale", "CIFAR-10's pictures are 32×32"),
             (not self.one_hot or self.data == "scenes", "segments void_label", "it is for files of masks"),
             (self.one_hot, "perceptual discriminator_weight", "masks are trained with cross-entropy alone"),
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         if config.restart_every and step % config.restart_every == 0 and step < config.steps:
             restart_dead_codes(vq, optimizer, uses, images, process)
         if due.save:
-            process.total(uses)  # all processes resume with the same; only which are 0 matters
+            process.total(uses)  # in place: all resume with the same; only which are 0 matters
             save_checkpoint(config, process, step, stage.state() | {
                 "optimizer": optimizer.state_dict(), "uses": uses,
                 "adversary": adversary and adversary.state_dict()})

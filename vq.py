@@ -202,8 +202,8 @@ class VQ(nn.Module):
                 layer.num_groups = norm_groups(layer.num_channels, config.group_channels)
             if isinstance(layer, ResidualBlock):
                 layer.gradient_checkpointing = gradient_checkpointing
-        # Functions, since torch.compile traces no module of torch's from its own forward on; all but the last
-        # layer, where λ takes the gradient (losses.py).
+        # torch.compile skips a module of torch's that it enters first, so functions of ours call the layers.
+        # The last one stays eager: λ needs the gradient at its weight (losses.py).
         if compiled:
             encode, body, last = self.encoder[:], self.decoder[:-1], self.decoder[-1]  # the same layers
             self.encoder.forward = torch.compile(lambda images: encode(images), dynamic=False)

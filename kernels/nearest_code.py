@@ -11,15 +11,15 @@ The plain form writes the (N, K) scores to memory and reads them again for the a
 keeps for each vector the best score so far and its code, and writes 12 bytes a vector.
 
 It is bound by arithmetic. Tensor cores round float32 to TF32, 11 significant bits of 24, and two codes may
-differ by less. So x = x − offset and c = −2(c_k − offset) are each split into a high part, which is TF32, and
-a low part of at most 12 bits, and three products take the place of one:
+differ by less. So x' = x − offset and c' = −2(c_k − offset) are each split into a high part, which is TF32,
+and a low part of at most 12 bits, and three products take the place of one:
 
-    x·c  =  x_high·c_high + (x_high·c_low + x_low·c_high) + x_low·c_low
+    x'·c'  =  x_high·c_high + (x_high·c_low + x_low·c_high) + x_low·c_low
 
-The last is left out: at most 2⁻²² |x_d c_d|, and TF32 drops one bit of each low part, 2⁻²³ |x_d c_d| twice:
-all in all 2⁻²¹ Σ_d |x_d c_d|, a few roundings of float32. A few dimensions at a time are multiplied, the
-bracket first, for in a large sum its digits would be lost. The codebook is split once per call, the vectors
-as they are read.
+The last is left out: at most 2⁻²² |x'_d c'_d|, and TF32 drops one bit of each low part, 2⁻²³ |x'_d c'_d|
+twice: all in all 2⁻²¹ Σ_d |x'_d c'_d|, a few roundings of float32. A few dimensions at a time are multiplied,
+the bracket first, for in a large sum its digits would be lost. The codebook is split once per call, the
+vectors as they are read.
 
     python -m kernels.nearest_code    checks the kernels and prints a table (without a GPU: of the reference)
 

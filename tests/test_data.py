@@ -105,7 +105,7 @@ def test_the_fingerprint_of_scenes_tells_of_split_size_count_fields_and_drawing(
             Scenes("val", Preparation(66, ("pose",))).fingerprint()}
     assert len(seen) == 4 and prints() in seen
     for module, name, value in ((data, "SCENES", {"val": 900}), (scenes, "SKIN", (0, 0, 0)),
-                                (data, "draw_keypoints", lambda points, size, limbs: Image.new("RGB", size))):
+                                (scenes, "draw_keypoints", lambda points, size, limbs: Image.new("RGB", size))):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             seen |= {prints(), prints(("image",))}
@@ -328,7 +328,7 @@ def test_sizes_must_agree_up_to_rounding_and_small_files_are_refused_unless_upsc
             ("png", (1000, 750), (500, 375), 16, ""), ("jpg", (257, 264), (257, 264), 16, ""),
             ("png", (80, 60), (40, 30), 60, ""), ("png", (32, 32), (32, 32), 32, ""),
             ("png", (1000, 750), (1000, 700), 16, "both must show the same"),
-            ("png", (80, 60), (60, 80), 30, "segmentation/a.png has 60×80 pixels but .*a.png 80×60: both"),
+            ("png", (80, 60), (60, 80), 30, "segmentation/a.png has another aspect ratio than .*images/a.png"),
             ("png", (31, 40), (31, 40), 32, "images/a.png has 31×40 pixels, too few"))):
         for split in ("train", "val"):
             save(tmp_path / str(i) / split / "images" / f"a.{suffix}", size=size)
@@ -342,6 +342,10 @@ def test_sizes_must_agree_up_to_rounding_and_small_files_are_refused_unless_upsc
     assert opened(tmp_path / "8", upscale=True)[0, None]["image"].shape == (3, 32, 32)
     with pytest.raises(ValueError, match="segmentation/a.png has 40×30 pixels, too few"):
         opened(tmp_path / "4", "segmentation", size=60)[0, None]
+    mask = tmp_path / "5" / "val" / "segmentation" / "a.png"  # of 32×32
+    with pytest.raises(ValueError, match="a.png has 32×32 pixels, too few for 64×32"):
+        data.read_field(mask, "segmentation", Preparation(32), (32, 64))
+    assert data.read_field(mask, "segmentation", Preparation(32, upscale=True), (32, 64)).shape == (1, 32, 64)
 
 
 def test_points_follow_the_crop_and_the_mirror_of_their_image(tmp_path):
@@ -435,11 +439,24 @@ def test_labels_are_counted_up_to_the_largest_of_all_masks_without_void_pixels(t
         assert opened(tmp_path, "segmentation", split=split, void_label=void_label).segments() == expected
 
 
+def test_shades_of_grey_instead_of_labels_are_warned_of(tmp_path, capsys):
+    for split in ("train", "val"):
+        for name, label in (("a", 0), ("b", 128), ("c", 255)):
+            save(tmp_path / split / "segmentation" / f"{name}.png", label, mode="L")
+        assert opened(tmp_path, "segmentation", split=split).segments() == 129
+    assert capsys.readouterr().out.count("warning: 2 labels up to 128 in the masks of") == 1
+    save(tmp_path / "train" / "segmentation" / "b.png", 1, mode="L")
+    assert opened(tmp_path, "segmentation", split="train").segments() == 2
+    assert capsys.readouterr().out == ""
+
+
 def test_fields_that_a_data_set_does_not_have_are_named():
     with pytest.raises(ValueError, match="ade20k has no 'pose'; it has image, segmentation"):
         check_offered("ade20k", "pose")
     with pytest.raises(ValueError, match="cifar10 has no 'depth'"):
         open_dataset("cifar10", "nowhere", "val", Preparation(32, ("depth",)))
+    with pytest.raises(ValueError, match="split is 'test'; choose one of train, val"):
+        open_dataset("scenes", "nowhere", "test", Preparation(32))
 
 
 # Orders

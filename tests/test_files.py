@@ -57,6 +57,18 @@ def test_folders_whose_meaning_cannot_be_told_are_named(tmp_path, places):
     assert sorted(listed.split(", ")) == sorted(os.listdir(folder)) and "cannot be told" in str(error.value)
 
 
+def test_masks_and_splits_are_found_at_any_depth(tmp_path):
+    """As in an archive whose one folder was unpacked into another."""
+    for i, (places, named) in enumerate(((("photos/a", "photos/masks"), "photos/masks"),
+                                         (("x/train/images", "x/val/images", "x/val/Labels"),
+                                          "x/val/Labels, x/train, x/val"))):
+        for place in places:
+            save(tmp_path / str(i) / place / "a.png")
+        with pytest.raises(ValueError) as error:
+            opened(tmp_path / str(i), split="train")
+        assert str(error.value).startswith(f"{tmp_path / str(i)} has the folders {named}: ")
+
+
 def test_images_alone_and_fields_beside_them_are_understood(tmp_path):
     save(tmp_path / "alone" / "images" / "a.png")
     assert len(opened(tmp_path / "alone")) == 1
@@ -425,8 +437,12 @@ def test_damaged_vanished_and_huge_files_are_named(tmp_path, monkeypatch):
             file.write_bytes(content)
             with pytest.raises(ValueError, match=rf"a.{suffix} cannot be read as a picture \(.+\): remove"):
                 open_rgb(file, 32)
-    with pytest.raises(ValueError, match="b.png cannot be read"):
-        open_rgb(tmp_path / "b.png", 32)
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "b.HEIC").touch()
+    assert names(opened(tmp_path / "phone", split="val")) == ["b.HEIC"]  # not left out silently
+    for missing in (tmp_path / "b.png", tmp_path / "phone" / "b.HEIC"):
+        with pytest.raises(ValueError, match=f"{missing.name} cannot be read as a picture"):
+            open_rgb(missing, 32)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="c.png cannot be read as a picture"):
         open_rgb(save(tmp_path / "c.png"), 32)
@@ -562,4 +578,7 @@ def test_points_are_pixels_of_the_whole_image_however_small_it_is_asked_for(tmp_
     for shape in ((4,), (4, 4), (1, 4, 2)):
         with pytest.raises(ValueError, match=r"a.npy has the shape \(.*\); key points are \(J, 2\)"):
             open_pose(write(tmp_path / "a.npy", np.zeros(shape)), image, 32)
+    with pytest.raises(ValueError, match="a.npy has key points up to 0.9; multiply them by the picture's sides"):
+        open_pose(write(tmp_path / "a.npy", np.array([[0.5, 0.9], [0, 0.1]])), image, 32)
+    assert np.asarray(open_pose(np.zeros((2, 3)), image, 32)).max() == 0  # none is known
     assert open_pose(save(tmp_path / "a.png", (1, 2, 3)), None, 32).getpixel((0, 0)) == (1, 2, 3)  # is drawn

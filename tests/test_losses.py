@@ -143,7 +143,7 @@ def test_images_of_another_range_or_size_are_refused_but_not_a_decoders_in_train
     real = pictures()
     assert alexnet(real * 1.0005, real * 1.0005).isfinite().all()  # rounding
     assert alexnet(real, real * torch.nan).isnan().all()  # the training log reports it
-    for wrong in (real * 127.5 + 127.5, real * 1.01):
+    for wrong in (real * 127.5 + 127.5, real * 1.01, real.double()):
         for arguments in ((wrong, real), (real, wrong)):
             with pytest.raises(ValueError, match=r"up to ±.*; LPIPS needs float32 in \[−1, 1\]"):
                 alexnet(*arguments)

@@ -263,13 +263,16 @@ def test_the_loss_is_that_of_each_image_token_and_of_no_condition():
             nats = -logits[b, 1 + t].log_softmax(0)[tokens[b, 2 + t]]
             assert loss[b, t].item() == pytest.approx(nats.item(), rel=1e-5)
     assert layout.loss(logits.bfloat16(), tokens).dtype == torch.float32
+    with pytest.raises(ValueError, match="logits of 6 positions for 6 tokens; the last token is never an input"):
+        layout.loss(torch.randn(2, 6, layout.vocab_size), tokens)
 
 
 def test_layouts_that_cannot_be_are_refused():
     for values, sentence in [
             ({"order": "sprial"}, "choose one of row, spiral, zcurve, subsample, alternate"),
             ({"scales": (2, 1)}, "they must grow"), ({"scales": (3,)}, "divide 8×8"),
-            ({"scales": (8,)}, "grow"),
+            ({"scales": (8,)}, "grow"), ({"codebook_size": 0}, "8×8 cells of 0 codes"),
+            ({"height": -8, "width": -8}, "each number must be at least 1"),
             ({"condition_size": 3}, "both must be 0, or neither"),
             ({"condition_length": 1}, "both must be 0, or neither"),
             ({"null_token": False}, "needs the null token to start with"),

@@ -75,6 +75,8 @@ def test_files_that_are_no_checkpoint_of_this_kind_end_in_a_sentence_and_run_not
             load_checkpoint(bad, "gpt")
     with pytest.raises(FileNotFoundError, match=f"none.pt does not exist; {advice}"):
         load_checkpoint(tmp_path / "none.pt", "gpt")
+    with pytest.raises(FileNotFoundError, match=f"is a folder; {advice}"):
+        load_checkpoint(tmp_path, "gpt")
     assert not (tmp_path / "it ran").exists()
 
     def refuse(path):

@@ -120,10 +120,12 @@ def test_numbered_samples_follow_the_validation_conditions_with_the_condition_be
     many.trained_on["classes"][2:2] = ["bush"]  # since the training the data set has lost it
     with pytest.raises(ValueError, match="has other classes than this model was trained with; name some"):
         draw(many, "--count 3 --out many")
-    assert draw(build("class"), "--count 36 --out rows.png").shape == (5 * 4, 16)
+    assert draw(build("class"), "--out rows.png").shape == (5 * 4, 16)  # there are no more conditions
     assert capsys.readouterr().out.endswith("20 samples in rows.png, 4 for each validation condition\n")
-    assert draw(build("class"), "--count 9 --out more").shape == (5, 16)  # there are no more conditions
-    assert capsys.readouterr().out.endswith("5 samples in more, 1 for each validation condition\n")
+    draw(build("class"), "--count 7 --out more")  # goes round them
+    assert capsys.readouterr().out.endswith("7 samples in more\n")
+    labels = [line.split()[1] for line in Path("more/classes.txt").read_text().splitlines()]
+    assert len(labels) == 7 and labels[5:] == labels[:2] and len(set(labels)) > 1
     foreign = build("class")
     foreign.classes[0] = "\N{CJK UNIFIED IDEOGRAPH-732B}\udcff"  # a folder's name may hold any bytes
     draw(foreign, "--class 0 --count 1 --out names")
@@ -139,6 +141,9 @@ def test_classes_by_name_and_number_are_rows_and_guidance_is_heard(draw):
                     for part in labels.split(3)]
         assert torch.equal(tokens, torch.cat(expected))
     assert np.array_equal(pixels("samples.png"), np.asarray(picture_grid(shown(prior, tokens), 2)))
+    assert sample.find_class("10", ["0", "1", "10", "2"]) == 2
+    with pytest.raises(run.UsageError, match="no class '3'"):  # is the fourth meant, or a name?
+        sample.find_class("3", ["0", "1", "10", "2"])
 
 
 def test_a_condition_file_or_folder_is_a_row_behind_itself(draw, tmp_path):
@@ -316,7 +321,7 @@ def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, caps
             ("none.pt", "--complete photo.png --keep 2", 2, "keep is 2.0; it must lie in [0, 1]"),
             ("none.pt", "--complete photo.png --size 16x16", 2,
              "exclude each other, so do size and animate; choose one"),
-            ("none.pt", "--complete model.py", 1, "model.py"),
+            ("none.pt", "--complete model.py", 1, "model.py cannot be listed (No such file or directory)"),
             ("none.pt", "--size 16", 2, "size is '16'; it must be like 64x128"),
             ("spiral.pt", "--size 16x16", 1, "needs a model of one scale in the order row"),
             ("scales.pt", "--complete photo.png --hide", 2, "--hide needs a model of one scale"),

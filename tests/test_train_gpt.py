@@ -34,7 +34,7 @@ from kernels import causal_attention, causal_attention_triton
 from orderings import ORDERINGS
 from outputs import load_checkpoint
 from stages import FirstStage, Prior
-from vq import VQ
+from vq import VQ, VQConfig
 
 TINY = "--n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --device cpu".split()
 
@@ -193,6 +193,7 @@ def test_two_processes_compute_what_one_does(pictures, first_stage, tmp_path):
     done = subprocess.run([*command, ROOT / "train_gpt.py", *flags("two")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 8/8") == 1  # only one process talks
+    assert "\n16 training and 4 validation pictures; baselines" in done.stdout  # each once, whatever the views
     for file in (tmp_path / "codes-one").iterdir():  # each of the two has encoded its share
         assert (np.load(file) == np.load(tmp_path / "codes-two" / file.name)).mean() > 0.99
     a, b = (tmp_path / name / "checkpoint.pt" for name in ("one", "two"))
@@ -442,6 +443,16 @@ def test_image_and_condition_have_the_same_crop_and_flip_in_every_view(tmp_path)
         assert {mirrored for _, mirrored in crops} == {False, flip} and len(set(crops)) > 5
 
 
+def test_a_grid_that_does_not_fit_is_refused_before_anything_is_encoded(few_scenes):
+    stage = FirstStage(VQ(VQConfig(3, 4, "1,1", 1, 4, 4)), "image", data.Preparation(12), {})  # 6×6 codes
+    torch.save({"kind": "vq"} | stage.state(), "vq.pt")
+    for flags, sentence in ((["--order", "zcurve"], "needs a square grid whose side is a power of two, not 6×6"),
+                            (["--multiscale"], "6×6: --multiscale needs sides that are powers of two")):
+        with pytest.raises(ValueError, match=sentence):
+            train_gpt.main([*TINY, "--vq", "vq.pt", *flags])
+    assert not Path("runs/codes").exists()
+
+
 def test_a_first_stage_that_was_cut_off_goes_on_and_leaves_no_trace_in_the_second(few_scenes, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
@@ -477,7 +488,7 @@ def test_no_mistake_ends_in_a_traceback(pictures, first_stage, second_stage, tmp
             (["--condition", "sex"], 2, "condition is 'sex'; choose one of none, class, segmentation"),
             (["--preset", "cifar10", "--condition", "pose"], 2, "cifar10 has no 'pose'; it has image, class"),
             (["--condition-dropout", "1"], 2, "condition_dropout is 1.0; it must lie in [0, 1)"),
-            (["--data-dir", "mine"], 2, "--data-dir has no effect here: the scenes are drawn"),
+            (["--data-dir", "mine"], 2, "--data-dir has no effect here: scenes are drawn; files need --data"),
             (["--condition", "class", "--condition-vq", "x.pt"], 2, "--condition-vq has no effect here"),
             (["--pixels", "--multiscale"], 2, "pixels have neither a first stage (--vq) nor coarser scales"),
             (["--condition-dropout", "0.1"], 2, "--condition-dropout has no effect here: there is"),
