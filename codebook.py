@@ -51,7 +51,7 @@ def kmeans(vectors: Tensor, count: int, iterations: int = 10) -> Tensor:
 
 @torch.no_grad()
 def initialize_codebook(vq: nn.Module, batches: Iterable[Tensor], process: Any):
-    """K-means over encoder outputs of images (B, C, H, W), batch by batch; most random codes stay dead."""
+    """By k-means over the encoder outputs of batches (B, C, H, W), for most random codes would stay dead."""
     codebook = vq.quantizer.codebook  # (K, D)
     if process.rank == 0:
         vectors = torch.cat([as_vectors(vq.latents(images)) for images in batches])  # (N, D)

@@ -170,7 +170,7 @@ class Files:
             with contextlib.suppress(UnreadableError):  # reported in training, refused in validation
                 seen[np.asarray(open_field("segmentation", record, self.preparation))] = True
         labels = np.flatnonzero(seen[:NO_LABEL])
-        if self.train and 2 * len(labels) <= labels.max(initial=0):
+        if self.train and 0 < 2 * len(labels) <= labels.max(initial=0):
             announce(f"warning: {len(labels)} labels up to {labels[-1]} in the masks of {self.directory}: if "
                      "these are shades of grey, number them 0, 1, 2, …")
         return 1 + int(labels.max(initial=0))
@@ -205,16 +205,16 @@ def prepare(record: Record, preparation: Preparation, random: np.random.Generato
     pictures = {field: open_field(field, record, preparation) for field in fields}
     (width, height), size = pictures[fields[0]].size, preparation.size
     H, W = shape or (size, size)
-    scale = max(W / width, H / height)
     name = record.get("image", record[fields[0]])
-    if scale > 1 and not preparation.upscale:
-        raise ValueError(f"{name} has {width}×{height} pixels, too few for {W}×{H}: remove it, or train the "
-                         "first stage with --upscale or a lower --image-size")
+    if min(width, height) < size and not preparation.upscale:
+        raise ValueError(f"{name} has {width}×{height} pixels, too few for an image_size of {size}: remove "
+                         "it, or train the first stage with --upscale or a lower --image-size")
     for field, picture in pictures.items():
         pixel = 1 / min(width, height, *picture.size)  # rounding error of a small picture's sides
         if abs(width / height * picture.height / picture.width - 1) > 0.02 + pixel:
             raise ValueError(f"{record[field]} has another aspect ratio than {name}: both must show the "
                              "same, upright, at any resolution")
+    scale = max(W / width, H / height)
     width, height = round(width * scale), round(height * scale)
     left, top, mirrored = (width - W) // 2, (height - H) // 2, False
     if random:

@@ -79,7 +79,7 @@ def list_files(folder: Path, field: str) -> list[Path]:
 
 
 def refuse_unreadable(error: OSError):
-    raise FileNotFoundError(f"{error.filename} cannot be listed ({error.strerror})")
+    raise FileNotFoundError(f"{error.filename} cannot be opened ({error.strerror})")
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -139,7 +139,8 @@ def any_folder(directory: Path, split: str, fields: tuple[str, ...]) -> Listing:
     folders = field_folders(validation if split == "val" and validation else train, fields)
     records = pair_by_stem(folders)
     inside = {place.name.lower(): place for name in records for place in name.parents}
-    masks, splits = MASK_FOLDERS & set(inside) if "image" in folders else set(), SPLIT_FOLDERS & set(inside)
+    masks = MASK_FOLDERS & set(inside) if "image" in folders else set()
+    splits = SPLIT_FOLDERS & set(inside)
     if masks or len(splits) > 1:  # one may be a class
         raise unclear(next(iter(folders.values())), [inside[name] for name in sorted(masks | splits)])
     classes = ()
@@ -173,8 +174,8 @@ def field_folders(root: Path, fields: tuple[str, ...]) -> dict[str, Path]:
 def unclear(folder: Path, places: list[Path] | None = None) -> ValueError:
     names = ", ".join(map(str, places or [path.name for path in subfolders(folder)]))
     return ValueError(f"{folder} has the folders {names}: which hold pictures, and which validation, "
-                      "cannot be told; expected are train/ and val/ or neither, each with pictures, or "
-                      "images/ beside segmentation/, depth/ or pose/ (for ADE20K: --data ade20k)")
+                      "cannot be told; expected are train/ and val/ or neither, with pictures, or images/ "
+                      "beside segmentation/, depth/ or pose/ (ADE20K: --data ade20k); rename such classes")
 
 
 def path_hash(path: Path) -> int:
@@ -284,7 +285,7 @@ def open_labels(path: Path, void_label: int = NO_LABEL, segments: int = 0) -> Im
     wrong = labels[(labels != NO_LABEL) & ((labels < 0) | (labels >= limit))]
     if wrong.size:
         raise ValueError(f"{path} has the label {wrong[0]}, but labels go from 0 to {limit - 1} (255: "
-                         "none): correct it, or train its first stage with more --segments or --void-label")
+                         "none): correct it, or train with larger --segments or another --void-label")
     return Image.fromarray(labels.astype(np.uint8))
 
 
@@ -328,8 +329,8 @@ def open_pose(pose: Path | ndarray, image: Path | None, size: int) -> Image.Imag
         raise ValueError(f"{pose} has the shape {points.shape}; key points are (J, 2), x and y in "
                          "pixels of the image, or (J, 3) with 0 in the last column where one is unknown")
     largest = np.nanmax(points[:, :2], initial=0)
-    if 0 < largest <= 1:
-        raise ValueError(f"{pose} has key points up to {largest:.2g}; multiply them by the picture's sides")
+    if 0 < largest < 2:
+        raise ValueError(f"the key points of {image or pose} go up to {largest:.2g}: multiply by its sides")
     if image:
         return draw_keypoints(points, open_image(image).size)
     if largest > size:

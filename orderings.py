@@ -175,7 +175,7 @@ class TokenLayout:
         sides = (*self.scales, min(self.height, self.width))
         if any(a < 1 or b <= a or self.height % a or self.width % a for a, b in zip(sides, sides[1:])):
             raise ValueError(f"scales are {self.scales}; they must grow, and divide "
-                             f"{self.height}×{self.width}: --multiscale needs sides that are powers of two")
+                             f"{self.height}×{self.width} (for --multiscale, a power of two)")
         if (self.condition_size > 0) != (self.condition_length > 0):
             raise ValueError(f"condition_length is {self.condition_length} and condition_size "
                              f"{self.condition_size}; both must be 0, or neither")

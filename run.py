@@ -60,7 +60,8 @@ def configure(presets: dict[str, Any], argv: list[str] | None) -> tuple[Any, dic
     elif path and config.resume:
         announce(f"{path} does not exist yet: starting at step 0")
     for useless, names, reason in config.without_effect():
-        if given := useless and set(names.split()) & set(flags):
+        given = set(names.split()) & set(flags)
+        if useless and given:
             raise UsageError(f"{flag(min(given))} has no effect here: {reason}")
     return config, checkpoint
 

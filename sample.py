@@ -48,7 +48,7 @@ class SampleConfig:
     animate: str = ""  # also write this .gif of the first samples being filled code by code
     benchmark: bool = False  # only measure speed; --preset paper without a checkpoint: of random weights
 
-    class_: str = ""  # names or numbers of classes, separated by commas: a row of samples each
+    class_: str = ""  # names of classes, or numbers if no name is one, with commas: a row of samples each
     condition: str = ""  # mask, depth map, pose or key points, or a folder of them: a row of samples each
     data_dir: str = ""  # where validation conditions come from, if none is named; empty: as in training
     complete: str = ""  # picture or folder whose first codes are kept: a row each; one condition, or one each
@@ -56,7 +56,7 @@ class SampleConfig:
     hide: bool = False  # grey out the part to be completed before encoding: else the kept codes leak it
     scales_from: str = ""  # picture or folder whose 0, 1, 2, … coarsest scales are kept: a row each, §3
 
-    count: int = 0  # samples, in fours beside validation conditions; of each class or file named; 0: 64 or 4
+    count: int = 0  # samples; of each class or file named; rows of conditions are full; 0: 64, or 4 of each
     size: str = ""  # HEIGHTxWIDTH in pixels, larger than in training, by a sliding window
     batch_size: int = 64  # samples drawn at a time
     seed: int = 0  # of the samples
@@ -186,8 +186,8 @@ def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int, int]:
     else:  # so many in all, of the validation split's conditions in a grid four each
         columns = 4 if flag and config.one_file else 1
         count = math.ceil((config.count or 64) / columns)
-        rounds = range(count if config.count or not flag else 1)  # a --count goes round the conditions
-        rows = (row for _ in rounds for row in (list_conditions(prior, config) if flag else [Row()]))
+        rounds = 1 if flag and not config.count else count  # a --count goes round the conditions
+        rows = (row for _ in range(rounds) for row in (list_conditions(prior, config) if flag else [Row()]))
         return itertools.islice(rows, count), columns, count * columns
     columns = config.count or 4
     return rows, columns, len(rows) * columns

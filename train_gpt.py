@@ -52,7 +52,7 @@ class TrainConfig:
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
     workers: int = -1  # of the data loader; -1: one a core, at most 8 (none for data in memory)
     vq: str = ""  # first stage: by train_vq.py, or the authors' (vqgan.ckpt); empty: runs/vq-PRESET-DATA/
-    views: int = 1  # encodings of each training picture: as it is, then cropped, and mirrored, at random
+    views: int = 1  # encodings of a training picture: as it is, then augmented as the first stage's (--flip)
     codes_dir: str = "runs/codes"  # folder of the code cache, which all runs share
 
     order: str = "row"  # row, spiral, zcurve, subsample or alternate: how a grid is unrolled, §3, Fig. 2

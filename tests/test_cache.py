@@ -104,8 +104,11 @@ def test_an_interrupted_cache_is_never_read_and_a_damaged_one_is_named(tmp_path)
     assert cache(tmp_path, Numbers(70), Encoder())[:, 1, 1].tolist() == [250 * i for i in range(70)]
     path = next(tmp_path.glob("*.npy"))
     whole = path.read_bytes()
-    np.save(tmp_path / "other.npy", np.zeros((70, 2, 2)))
-    for content in (whole[:-9], whole[:20], b"", (tmp_path / "other.npy").read_bytes()):
+    others = []
+    for shape, dtype in (((70, 2, 2), float), ((69, 2, 2), np.uint16)):
+        np.save(tmp_path / "other.npy", np.zeros(shape, dtype))
+        others.append((tmp_path / "other.npy").read_bytes())
+    for content in (whole[:-9], whole[:20], b"", *others):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{path.name} is damaged .*: remove it, and the codes are"):
             cache(tmp_path, Numbers(70), Encoder())

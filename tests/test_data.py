@@ -343,9 +343,7 @@ def test_sizes_must_agree_up_to_rounding_and_small_files_are_refused_unless_upsc
     with pytest.raises(ValueError, match="segmentation/a.png has 40×30 pixels, too few"):
         opened(tmp_path / "4", "segmentation", size=60)[0, None]
     mask = tmp_path / "5" / "val" / "segmentation" / "a.png"  # of 32×32
-    with pytest.raises(ValueError, match="a.png has 32×32 pixels, too few for 64×32"):
-        data.read_field(mask, "segmentation", Preparation(32), (32, 64))
-    assert data.read_field(mask, "segmentation", Preparation(32, upscale=True), (32, 64)).shape == (1, 32, 64)
+    assert data.read_field(mask, "segmentation", Preparation(32), (32, 64)).shape == (1, 32, 64)  # is enlarged
 
 
 def test_points_follow_the_crop_and_the_mirror_of_their_image(tmp_path):
@@ -447,6 +445,9 @@ def test_shades_of_grey_instead_of_labels_are_warned_of(tmp_path, capsys):
     assert capsys.readouterr().out.count("warning: 2 labels up to 128 in the masks of") == 1
     save(tmp_path / "train" / "segmentation" / "b.png", 1, mode="L")
     assert opened(tmp_path, "segmentation", split="train").segments() == 2
+    for name in "ab":
+        save(tmp_path / "train" / "segmentation" / f"{name}.png", 255, mode="L")
+    assert opened(tmp_path, "segmentation", split="train").segments() == 1  # no pixel has a label
     assert capsys.readouterr().out == ""
 
 

@@ -69,6 +69,14 @@ def test_masks_and_splits_are_found_at_any_depth(tmp_path):
         assert str(error.value).startswith(f"{tmp_path / str(i)} has the folders {named}: ")
 
 
+def test_one_class_may_be_named_like_a_split_and_masks_alone_like_masks(tmp_path):
+    for place in ("train/bus/test", "val/bus/test", "masks/segmentation/labels"):
+        save(tmp_path / place / "a.png", 1, mode="L")
+        save(tmp_path / place / "b.png", 1, mode="L")
+    assert names(opened(tmp_path, split="train")) == ["train/bus/test/a.png", "train/bus/test/b.png"]
+    assert len(opened(tmp_path / "masks", "segmentation")) == 1
+
+
 def test_images_alone_and_fields_beside_them_are_understood(tmp_path):
     save(tmp_path / "alone" / "images" / "a.png")
     assert len(opened(tmp_path / "alone")) == 1
@@ -578,7 +586,9 @@ def test_points_are_pixels_of_the_whole_image_however_small_it_is_asked_for(tmp_
     for shape in ((4,), (4, 4), (1, 4, 2)):
         with pytest.raises(ValueError, match=r"a.npy has the shape \(.*\); key points are \(J, 2\)"):
             open_pose(write(tmp_path / "a.npy", np.zeros(shape)), image, 32)
-    with pytest.raises(ValueError, match="a.npy has key points up to 0.9; multiply them by the picture's sides"):
-        open_pose(write(tmp_path / "a.npy", np.array([[0.5, 0.9], [0, 0.1]])), image, 32)
+    shares = np.array([[0.5, 1.02], [0, 0.1]])
+    for points, named in ((write(tmp_path / "a.npy", shares), None), (shares, image)):
+        with pytest.raises(ValueError, match=r"a\.(npy|jpg) go up to 1: multiply by its sides"):
+            open_pose(points, named, 32)
     assert np.asarray(open_pose(np.zeros((2, 3)), image, 32)).max() == 0  # none is known
     assert open_pose(save(tmp_path / "a.png", (1, 2, 3)), None, 32).getpixel((0, 0)) == (1, 2, 3)  # is drawn

@@ -122,7 +122,8 @@ def test_numbered_samples_follow_the_validation_conditions_with_the_condition_be
         draw(many, "--count 3 --out many")
     assert draw(build("class"), "--out rows.png").shape == (5 * 4, 16)  # there are no more conditions
     assert capsys.readouterr().out.endswith("20 samples in rows.png, 4 for each validation condition\n")
-    draw(build("class"), "--count 7 --out more")  # goes round them
+    assert draw(build("class"), "--count 35 --out rows.png").shape == (36, 16)  # goes round them, in full rows
+    draw(build("class"), "--count 7 --out more")
     assert capsys.readouterr().out.endswith("7 samples in more\n")
     labels = [line.split()[1] for line in Path("more/classes.txt").read_text().splitlines()]
     assert len(labels) == 7 and labels[5:] == labels[:2] and len(set(labels)) > 1
@@ -321,7 +322,7 @@ def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, caps
             ("none.pt", "--complete photo.png --keep 2", 2, "keep is 2.0; it must lie in [0, 1]"),
             ("none.pt", "--complete photo.png --size 16x16", 2,
              "exclude each other, so do size and animate; choose one"),
-            ("none.pt", "--complete model.py", 1, "model.py cannot be listed (No such file or directory)"),
+            ("none.pt", "--complete model.py", 1, "model.py cannot be opened (No such file or directory)"),
             ("none.pt", "--size 16", 2, "size is '16'; it must be like 64x128"),
             ("spiral.pt", "--size 16x16", 1, "needs a model of one scale in the order row"),
             ("scales.pt", "--complete photo.png --hide", 2, "--hide needs a model of one scale"),

@@ -447,7 +447,7 @@ def test_a_grid_that_does_not_fit_is_refused_before_anything_is_encoded(few_scen
     stage = FirstStage(VQ(VQConfig(3, 4, "1,1", 1, 4, 4)), "image", data.Preparation(12), {})  # 6×6 codes
     torch.save({"kind": "vq"} | stage.state(), "vq.pt")
     for flags, sentence in ((["--order", "zcurve"], "needs a square grid whose side is a power of two, not 6×6"),
-                            (["--multiscale"], "6×6: --multiscale needs sides that are powers of two")):
+                            (["--multiscale"], r"divide 6×6 \(for --multiscale, a power of two\)")):
         with pytest.raises(ValueError, match=sentence):
             train_gpt.main([*TINY, "--vq", "vq.pt", *flags])
     assert not Path("runs/codes").exists()

@@ -2,7 +2,7 @@
 
     python results/locality/measure.py CHECKPOINT …
 
-In each of 1,000 validation scenes one quarter is replaced by that of the next scene. Counted are the codes whose cells neither lie
+In each of 1,000 validation scenes one quarter is replaced by that of the scene before. Counted are the codes whose cells neither lie
 in that quarter nor touch it. Mean over the four quarters.
 """
 import sys

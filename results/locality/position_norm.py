@@ -3,7 +3,7 @@
     python results/locality/position_norm.py train_vq.py --out runs/locality/vq
 
 The encoder's GroupNorms take their statistics over the whole picture. Here a LayerNorm over the channels of each position stands
-in for each of them; the decoder, and all else, stays as it is. What is trained so is also sampled and measured through this script.
+in for each of them; the decoder, and all else, stays as it is. What is trained so must be sampled and measured through this script, too: without it the file loads, but with the wrong norm.
 """
 import runpy
 import sys
