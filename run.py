@@ -81,6 +81,8 @@ def parse_flags(presets: dict[str, Any], argv: list[str] | None) -> dict[str, An
         description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(config_class):
+        if field.name not in comments or field.type not in (int, float, str, bool):
+            raise TypeError(f"{field.name} must be int, float, str or bool, with a comment behind, its help")
         kind = ({"action": argparse.BooleanOptionalAction} if field.type is bool
                 else {"type": field.type, "metavar": field.type.__name__})
         values = {name: getattr(preset, field.name) for name, preset in presets.items()}

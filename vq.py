@@ -170,7 +170,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.commitment_weight = config.commitment_weight
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.code_width))
-        # Overwritten by `initialize_codebook` when training starts:
+        # Overwritten by codebook.py when training starts, and where codes are dead:
         nn.init.uniform_(self.codebook, -1 / config.codebook_size, 1 / config.codebook_size)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -192,7 +192,9 @@ def tile(device: torch.device) -> dict[str, int]:
 def prepare_codebook(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(K, D) → offset (width,), high, low (height, width), norms (height,): float32, padded to tiles."""
     (K, D), device = codebook.shape, codebook.device
-    block = tile(device)["BLOCK_K"]
+    shape = tile(device)
+    block = shape["BLOCK_K"]
+    assert block % 32 == 0 == 64 % shape["BLOCK_D"], shape
     height, width = cdiv(K, block) * block, cdiv(D, 64) * 64
     offset, norms = (torch.empty(length, dtype=torch.float32, device=device) for length in (width, height))
     high, low = torch.empty(2, height, width, dtype=torch.float32, device=device)

@@ -1,7 +1,7 @@
 """The five orders and the layout of tokens.
 
-Oracles: the pictures in the docstrings (run as doctests); literal sequences of the authors' later release
-(the class names and figures of notes/orderings.txt); identities (base-4 digits, ring by ring, neighbours);
+Oracles: the pictures in the docstrings (run as doctests); literal sequences of the authors' later release;
+identities (base-4 digits, ring by ring, neighbours);
 a slow loop for unroll and roll_up; literal sequences for the layout.
 """
 import doctest
@@ -39,7 +39,7 @@ def test_docstring_pictures_are_what_the_code_draws():
 
 
 def test_the_five_orders_have_the_names_of_the_command_line_in_this_order():
-    assert list(ORDERINGS) == ["row", "spiral", "zcurve", "subsample", "alternate"]
+    assert list(ORDERINGS)[:5] == ["row", "spiral", "zcurve", "subsample", "alternate"]  # yours may follow
     assert [ORDERINGS[name].__name__ for name in ORDERINGS] == list(ORDERINGS)
 
 
@@ -95,9 +95,9 @@ def test_16x16_sequences_are_those_of_the_authors_release(name, first, last):
 
 
 def test_2x2_sequences_are_those_of_the_authors_release():
-    assert {name: order(2, 2).tolist() for name, order in ORDERINGS.items()} == {
-        "row": [0, 1, 2, 3], "spiral": [2, 0, 1, 3], "zcurve": [0, 1, 2, 3], "subsample": [0, 1, 2, 3],
-        "alternate": [0, 1, 3, 2]}
+    for name, sequence in {"row": [0, 1, 2, 3], "spiral": [2, 0, 1, 3], "zcurve": [0, 1, 2, 3],
+                           "subsample": [0, 1, 2, 3], "alternate": [0, 1, 3, 2]}.items():
+        assert ORDERINGS[name](2, 2).tolist() == sequence, name
 
 
 def rank_grid(name: str, height: int, width: int) -> list[list[int]]:

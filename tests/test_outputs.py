@@ -16,7 +16,7 @@ from PIL import Image
 import train_gpt
 from helpers import ALONE
 from outputs import (Log, claim, describe_data, duration, load_checkpoint, save_checkpoint, save_picture,
-                     set_random_state, si)
+                     set_random_state, si, to_pixels)
 
 DEMO = train_gpt.PRESETS["demo"]
 
@@ -37,6 +37,11 @@ def test_a_checkpoint_comes_back_with_config_step_provenance_and_random_state(tm
     set_random_state(checkpoint["random"])
     assert torch.equal(torch.rand(5), drawn)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_pixels_are_rounded_and_clamped():
+    images = torch.tensor([-2, -1, 0.003, 0.005, 1, 1.5]).view(6, 1, 1)
+    assert to_pixels(images).flatten().tolist() == [0, 0, 128, 128, 255, 255]
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):

@@ -49,7 +49,7 @@ def test_every_file_reads_in_one_sitting():
         long += [f"{path.name} has {len(lines)} lines"] if len(lines) > 350 else []
         long += [f"{path.name}:{number} has {len(line)} columns"
                  for number, line in enumerate(lines, 1) if len(line) > 110]
-    assert not long
+    assert not long, "a rule of this repository: a fork may delete tests/test_repository.py"
 
 
 def test_nothing_loads_code_or_hides_a_mistake():
@@ -83,7 +83,9 @@ def test_the_paper_preset_is_the_paper():
     assert (vq.image_size, vq.image_size // vq.model().downsampling) == (256, 16)
     assert (vq.codebook_size, vq.code_width) == (1024, 256)
     assert (vq.commitment_weight, vq.batch_size, vq.lr) == (0.25, 12, pytest.approx(5.4e-5))
+    assert (vq.beta1, vq.beta2, vq.perceptual_weight, vq.discriminator_weight) == (0.5, 0.9, 1.0, 0.8)  # authors'
     assert (gpt.n_layer, gpt.n_head, gpt.n_embd) == (24, 16, 1024)
+    assert (gpt.beta1, gpt.beta2, gpt.weight_decay, gpt.clip) == (0.9, 0.95, 0.01, 0)  # the authors' release
     assert (gpt.batch_size, gpt.lr, gpt.temperature, gpt.top_k) == (12, pytest.approx(5.4e-5), 1.0, 100)
 
 

@@ -47,6 +47,22 @@ def test_flags_override_the_preset_and_nothing_else_and_help_explains_them(capsy
     assert "--codebook-size int K, codes to choose from, §A.1 [demo 256, cifar10 1024, paper 1024]" in text
 
 
+@dataclasses.dataclass(frozen=True)
+class Unexplained:
+    schedule: str = "cosine"
+
+
+@dataclasses.dataclass(frozen=True)
+class Optional:
+    schedule: str | None = None  # of the learning rate
+
+
+def test_a_field_that_is_no_flag_is_named():
+    for config in (Unexplained(), Optional()):
+        with pytest.raises(TypeError, match="schedule must be int, float, str or bool, with a comment behind"):
+            run.parse_flags({"demo": config}, [])
+
+
 def test_values_and_devices_that_no_run_can_have_are_refused(monkeypatch):
     for name, value in [("steps", 0), ("batch_size", 0), ("log_every", 0), ("seed", 2**63), ("seed", -1),
                         ("lr", math.inf), ("lr", math.nan), ("beta1", 1.0), ("beta2", -0.1), ("workers", -2)]:
@@ -89,6 +105,14 @@ def test_what_is_due_after_each_step():
     assert [step for step in due if due[step].save] == [5, 10, 13]
     assert [step for step in due if due[step].log] == [3, 4, 5, 6, 8, 9, 10, 12, 13]
     assert list(run.steps(config, ALONE, 13)) == []
+    draws = set()
+    for rank in (0, 1, 2):  # or all processes would drop out the same activations
+        torch.manual_seed(0)
+        steps = run.steps(config, run.Process(torch.device("cpu"), rank, 1), 2)
+        next(steps)
+        draws.add(torch.rand(()).item())
+        steps.close()
+    assert len(draws) == 3
 
 
 @pytest.fixture

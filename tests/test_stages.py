@@ -122,6 +122,12 @@ def test_given_tokens_are_kept_and_the_rest_differs_between_seeds():
         assert torch.equal(slow, draw[0])
         some = prior.sample(6, condition, given, Sampling(), seeded(0), steps=3)
         assert torch.equal(some, draw[0][:, :14])
+        if kind != "none":
+            whole, null = (torch.cat([prior.layout.prefix(each, 6), given], 1) for each in (condition, None))
+            drawn = prior.gpt.generate(whole, 9, generator=seeded(0), sampled_tokens=16, guidance=3.0,
+                                       null_prefix=null)
+            guided = prior.sample(6, condition, given, Sampling(guidance=3.0), seeded(0))
+            assert torch.equal(guided, drawn[:, prior.layout.prefix_length:])
 
 
 def test_a_condition_changes_what_is_drawn_and_guidance_how_much():

@@ -22,6 +22,7 @@ from PIL import Image
 import cache
 import data
 import run
+import scenes
 import train_gpt
 import train_vq
 import vq
@@ -32,7 +33,7 @@ from helpers import (ALONE, ROOT, assert_bit_equal, gpt_flags, log_of, run_scrip
                      without_log_of_torch)
 from kernels import causal_attention, causal_attention_triton
 from orderings import ORDERINGS
-from outputs import load_checkpoint
+from outputs import load_checkpoint, to_pixels
 from stages import FirstStage, Prior
 from vq import VQ, VQConfig
 
@@ -208,7 +209,11 @@ def test_the_log_repeats_the_screen_and_codes_are_computed_once_for_all_orders(
     path = train_gpt.main([*gpt_flags(pictures, first_stage, tmp_path), "--steps", "2", "--order", "zcurve"])
     out = capsys.readouterr().out
     assert "encoding" not in out  # second_stage has the same codes
-    assert re.search(r"baselines: 2\.773 nats/token for a uniform guess, \d\.\d+ for the frequency", out)
+    stage = FirstStage.load(first_stage)
+    dataset = data.open_dataset("folder", str(pictures), "val", stage.preparation)
+    codes = stage.encode(torch.stack([torch.from_numpy(dataset[i, None]["image"]) for i in range(4)]))
+    unigram = torch.special.entr(torch.bincount(codes.flatten()) / codes.numel()).sum()
+    assert f"baselines: 2.773 nats/token for a uniform guess, {unigram:.3f} for the frequency" in out
     shown = re.search(r"step 2/2 · train (\S+) nats/token · val (\S+) · lr (\S+) · \d+ ms/", out).groups()
     logged = log_of(path)[-1]
     assert shown == (f"{logged['train']:.3f}", f"{logged['val']:.3f}", f"{logged['lr']:.1e}")
@@ -250,8 +255,8 @@ def nats_by_token(prior: Prior, index: int, null: bool) -> list[float]:
 
 
 def test_every_condition_trains_what_it_needs_and_is_validated_over_all_image_tokens(few_scenes, capsys):
-    wanted = {"none": "--order zcurve", "class": "--condition-dropout 0.5 --order spiral",
-              "segmentation": "--order alternate", "depth": "--multiscale --condition-dropout 0.3",
+    wanted = {"none": "--order zcurve", "class": "--condition-dropout 0.95 --order spiral",
+              "segmentation": "--order alternate", "depth": "--multiscale --condition-dropout 0.9",
               "pose": "--multiscale --order subsample"}
     small = "--eval-every 2 --steps 3 --lr 3e-2".split()
     for condition, flags in wanted.items():
@@ -270,6 +275,13 @@ def test_every_condition_trains_what_it_needs_and_is_validated_over_all_image_to
         columns, rows = {"none": (8, 4), "class": (4, 5)}.get(condition, (5, 5))  # a map before its samples
         with Image.open(path.parent / "step-000003.png") as grid:
             assert grid.size == (98 * columns - 2, 98 * rows - 2)
+            if columns == 5:
+                dataset = data.Scenes("val", data.Preparation(16, (condition,)))
+                values = torch.stack([torch.from_numpy(dataset[i, None][condition]) for i in range(5)])
+                stage = prior.stages[condition]
+                maps = to_pixels(stage.decode(stage.encode(values)).expand(-1, 3, -1, -1))  # (5, 16, 16, 3)
+                shown = [np.asarray(grid)[98 * i:98 * i + 96:6, :96:6] for i in range(5)]
+                assert np.abs(np.int64(shown) - maps).max() <= 1
         assert logged["val"] == pytest.approx(nats.mean(), rel=1e-5)
         assert logged["nats_per_picture"] == pytest.approx(nats.sum(1).mean(), rel=1e-4)
         assert ("val_null" in logged) == ("dropout" in flags)
@@ -286,20 +298,27 @@ def test_every_condition_trains_what_it_needs_and_is_validated_over_all_image_to
             if scales:
                 assert logged[f"val_{side}"] == pytest.approx(cells.mean(), rel=1e-4)
             first += side * side
+        most = max(np.max(grid) for grid in logged["val_by_cell"])  # one scale of brightness for all panels
+        panels = np.asarray(Image.open(path.parent / "loss-map.png"))[:, :, 0]
+        for i, grid in enumerate(logged["val_by_cell"]):
+            assert abs(panels[16, 258 * i + 16] - grid[0][0] / most * 255) <= 1
 
 
 def test_conditions_are_dropped_in_training_only_and_evaluation_gives_the_mode_back(few_scenes, monkeypatch):
-    calls, settings = [], []
+    calls, settings, dtypes = [], [], set()
     forward, draw = GPT.forward, Prior.sample
 
     def recorded(self, tokens, cache=None):
         calls.append((self.training, tokens))
-        return forward(self, tokens, cache)
+        logits = forward(self, tokens, cache)
+        dtypes.add(logits.dtype)
+        return logits
 
     def sampled(self, count, condition, given, sampling, generator):
-        settings.append((count, sampling.top_k, sampling.temperature))
+        settings.append((count, sampling.top_k, sampling.temperature, condition.tolist()))
         return draw(self, count, condition, given, sampling, generator)
 
+    monkeypatch.setattr(run, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
     monkeypatch.setattr(GPT, "forward", recorded)
     monkeypatch.setattr(Prior, "sample", sampled)
     train_gpt.main([*TINY, *("--condition class --condition-dropout 0.5 --eval-every 3 --steps 6 --top-k 7 "
@@ -310,7 +329,9 @@ def test_conditions_are_dropped_in_training_only_and_evaluation_gives_the_mode_b
     assert modes == [True, False, True, False]
     dropped = torch.cat(training)[:, 0] == 20
     assert 0 < dropped.sum() < 24 and torch.cat(training)[:, 1:].max() < 16
-    assert settings == [(20, 7, 0.9)] * 2  # 4 samples to each of 5 validation conditions
+    labels = [scenes.draw_scene("val", i, 16).label for i in range(5)]
+    assert settings == [(20, 7, 0.9, [label for label in labels for _ in range(4)])] * 2
+    assert dtypes == {torch.bfloat16}  # under the run's autocast in training, evaluation and sampling
 
 
 def test_the_pixel_baseline_has_the_pixels_colours_for_codes(few_scenes, monkeypatch, capsys):

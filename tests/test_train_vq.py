@@ -35,7 +35,7 @@ import train_vq
 from codebook import as_vectors, initialize_codebook
 from outputs import to_pixels
 from stages import FirstStage
-from vq import VQ, VQConfig
+from vq import VQ, Quantizer, VQConfig
 
 LARGE = ["--image-size", "32", "--upscale"]  # enough for AlexNet and a discriminator of one layer
 ADVERSARIAL = ("--discriminator-weight 0.6 --discriminator-layers 1 --discriminator-start 0.5 "
@@ -106,7 +106,7 @@ def interrupt(flags: list[str], out: Path, step: int, monkeypatch):
 def test_the_loop_is_its_losses_written_out(plain, full, tmp_path, monkeypatch):
     """Without LPIPS and discriminator bit for bit: the demo and cifar10 presets train like this."""
     monkeypatch.setattr(data, "SCENES", {"train": 16, "val": 4})
-    shared = "--restart-every 0 --no-decay --warmup-steps 4 --beta1 0.3 --beta2 0.7".split()
+    shared = "--restart-every 0 --no-decay --warmup-steps 6 --beta1 0.3 --beta2 0.7".split()
     for i, flags in enumerate((plain, MASKS, [*full, "--perceptual-weight", "0.7"])):
         found = train(flags, tmp_path / str(i), *shared)
         order = [batch for batch, _ in zip(data.training_order(16, 4, seed=0), range(8))]
@@ -122,7 +122,7 @@ def test_the_loop_is_its_losses_written_out(plain, full, tmp_path, monkeypatch):
         uses = torch.zeros(16)
         for step, images in enumerate(batches, 1):
             for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = 1e-3 * min(step / 4, 1)
+                optimizer.param_groups[0]["lr"] = 1e-3 * min(step / 6, 1)  # D's too
             x, codes, quantization_loss = vq(images)
             uses += torch.bincount(codes.flatten(), minlength=16)
             loss = F.cross_entropy(x, images.argmax(1)) if flags is MASKS else F.l1_loss(x, images)
@@ -201,10 +201,18 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(plain, tmp_path, 
 
 
 def test_pictures_and_masks_train_in_bfloat16_too(full, tmp_path, monkeypatch):
+    quantize, seen = Quantizer.forward, set()
+
+    def recorded(self, latents):
+        seen.add((self.training, latents.dtype))
+        return quantize(self, latents)
+
+    monkeypatch.setattr(Quantizer, "forward", recorded)
     monkeypatch.setattr(run, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
     monkeypatch.setattr(data, "SCENES", {"train": 12, "val": 4})
     for name, flags in (("l1", full), ("cross_entropy", MASKS)):
         found = train(flags, tmp_path / name)
+        assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
         assert all(weight.dtype == torch.float32 for weight in read(found)["model"].values())
         assert log_of(found)[-1][name] < log_of(found)[0][name]
 
