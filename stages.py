@@ -82,8 +82,8 @@ class FirstStage:
         vq.eval().requires_grad_(False)
         return cls(vq, state["target"], Preparation(**state["preparation"]), state["trained_on"])
 
-    def to(self, device: torch.device) -> "FirstStage":
-        self.vq.to(device, memory_format=run.memory_format(device))
+    def to(self, device: torch.device | str) -> "FirstStage":
+        self.vq.to(device, memory_format=run.memory_format(torch.device(device)))
         return self
 
     def was_trained_on(self, name: str, directory: str) -> bool:
@@ -160,7 +160,7 @@ class Prior:
 
     def to(self, device: torch.device | str) -> "Prior":
         for part in filter(None, (self.gpt, *self.stages.values())):
-            part.to(torch.device(device))
+            part.to(device)
         return self
 
     @classmethod

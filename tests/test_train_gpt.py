@@ -211,7 +211,7 @@ def test_the_log_repeats_the_screen_and_codes_are_computed_once_for_all_orders(
     assert "encoding" not in out  # second_stage has the same codes
     stage = FirstStage.load(first_stage)
     dataset = data.open_dataset("folder", str(pictures), "val", stage.preparation)
-    codes = stage.encode(torch.stack([torch.from_numpy(dataset[i, None]["image"]) for i in range(4)]))
+    codes = stage.encode(next(data.load(dataset, data.fixed_order(4, 4), torch.device("cpu"), 0))["image"])
     unigram = torch.special.entr(torch.bincount(codes.flatten()) / codes.numel()).sum()
     assert f"baselines: 2.773 nats/token for a uniform guess, {unigram:.3f} for the frequency" in out
     shown = re.search(r"step 2/2 · train (\S+) nats/token · val (\S+) · lr (\S+) · \d+ ms/", out).groups()
@@ -277,11 +277,11 @@ def test_every_condition_trains_what_it_needs_and_is_validated_over_all_image_to
             assert grid.size == (98 * columns - 2, 98 * rows - 2)
             if columns == 5:
                 dataset = data.Scenes("val", data.Preparation(16, (condition,)))
-                values = torch.stack([torch.from_numpy(dataset[i, None][condition]) for i in range(5)])
+                values = next(data.load(dataset, data.fixed_order(5, 5), torch.device("cpu"), 0))
                 stage = prior.stages[condition]
-                maps = to_pixels(stage.decode(stage.encode(values)).expand(-1, 3, -1, -1))  # (5, 16, 16, 3)
+                maps = stage.decode(stage.encode(values[condition])).expand(-1, 3, -1, -1)  # (5, 3, 16, 16)
                 shown = [np.asarray(grid)[98 * i:98 * i + 96:6, :96:6] for i in range(5)]
-                assert np.abs(np.int64(shown) - maps).max() <= 1
+                assert np.abs(np.int64(shown) - to_pixels(maps)).max() <= 1
         assert logged["val"] == pytest.approx(nats.mean(), rel=1e-5)
         assert logged["nats_per_picture"] == pytest.approx(nats.sum(1).mean(), rel=1e-4)
         assert ("val_null" in logged) == ("dropout" in flags)

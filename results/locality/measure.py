@@ -21,14 +21,14 @@ COUNT = 1000
 @torch.no_grad()
 def share_changed(stage: FirstStage) -> float:
     dataset = data.open_dataset("scenes", "data", "val", stage.preparation)
-    images = torch.stack([torch.from_numpy(dataset[i, None]["image"]) for i in range(COUNT)])  # (N, 3, S, S)
-    codes = stage.encode(images)  # (N, h, w)
+    images = next(data.load(dataset, data.fixed_order(COUNT, COUNT), torch.device("cpu"), 0))["image"]  # (N, 3, S, S)
+    others, codes = images.roll(1, 0), stage.encode(images)  # codes: (N, h, w)
     half, cells = images.shape[2] // 2, codes.shape[1] // 2
     shares = []
     for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
         quarter = (..., slice(y * half, (y + 1) * half), slice(x * half, (x + 1) * half))
         changed = images.clone()
-        changed[quarter] = images.roll(1, 0)[quarter]
+        changed[quarter] = others[quarter]
         far = torch.ones(2 * cells, 2 * cells, dtype=torch.bool)
         far[max(0, y * cells - 1):(y + 1) * cells + 1, max(0, x * cells - 1):(x + 1) * cells + 1] = False
         shares.append((stage.encode(changed) != codes)[:, far].float().mean().item())

@@ -3,7 +3,8 @@
     python results/locality/position_norm.py train_vq.py --out runs/locality/vq
 
 The encoder's GroupNorms take their statistics over the whole picture. Here a LayerNorm over the channels of each position stands
-in for each of them; the decoder, and all else, stays as it is. What is trained so must be sampled and measured through this script, too: without it the file loads, but with the wrong norm.
+in for each of them; the decoder, and all else, stays as it is. What is trained so must be sampled and measured through this script,
+too: without it the file loads, but with the wrong norm.
 """
 import runpy
 import sys
@@ -24,10 +25,13 @@ class PositionNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)  # by (B, H, W, C)
 
 
-def encoder(config: vq.VQConfig, of_groups=vq.encoder, group_norm=vq.norm) -> nn.Sequential:
+group_norm, encoder_of_groups = vq.norm, vq.encoder
+
+
+def encoder(config: vq.VQConfig) -> nn.Sequential:
     vq.norm = lambda channels: PositionNorm(channels, eps=1e-6)
-    network = of_groups(config)
-    vq.norm = group_norm
+    network = encoder_of_groups(config)
+    vq.norm = group_norm  # for the decoder, which is built next
     return network
 
 
