@@ -104,12 +104,16 @@ def interrupt(flags: list[str], out: Path, step: int, monkeypatch):
 
 
 def test_the_loop_is_its_losses_written_out(plain, full, tmp_path, monkeypatch):
-    """Without LPIPS and discriminator bit for bit: the demo and cifar10 presets train like this."""
+    """Without LPIPS and discriminator bit for bit: the demo and cifar10 presets train like this.
+
+    Against a discriminator each step multiplies differences of rounding, so there are only three of them.
+    """
     monkeypatch.setattr(data, "SCENES", {"train": 16, "val": 4})
     shared = "--restart-every 0 --no-decay --warmup-steps 6 --beta1 0.3 --beta2 0.7".split()
-    for i, flags in enumerate((plain, MASKS, [*full, "--perceptual-weight", "0.7"])):
+    short = "--perceptual-weight 0.7 --steps 6 --discriminator-start 4 --discriminator-ramp 2".split()
+    for i, flags in enumerate((plain, MASKS, [*full, *short])):
         found = train(flags, tmp_path / str(i), *shared)
-        order = [batch for batch, _ in zip(data.training_order(16, 4, seed=0), range(8))]
+        order = list(itertools.islice(data.training_order(16, 4, seed=0), len(log_of(found))))
         config, batches = open_split(found, "train", order)
         perceptual = open_perceptual_loss(config)
         torch.manual_seed(0)
@@ -148,7 +152,7 @@ def test_the_loop_is_its_losses_written_out(plain, full, tmp_path, monkeypatch):
             line = log_of(found)[step - 1]
             assert ("lambda" in line) == ("lambda" in expected), step
             for name, value in expected.items():
-                assert line[name] == pytest.approx(value.item(), rel=2e-3, abs=2e-4), (step, name)
+                assert line[name] == pytest.approx(value.item(), rel=1e-3, abs=1e-4), (step, name)
         if flags is plain:
             weights = read(found)["model"]
             assert all(torch.equal(weight, weights[name]) for name, weight in vq.state_dict().items())
