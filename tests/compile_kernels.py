@@ -5,8 +5,10 @@
 Triton is told that such a GPU is there, and each launch stops after the compiler. So the argument types, the
 tiles and the specialization to aligned strides are those of real calls. Must run without TRITON_INTERPRET.
 """
+import itertools
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels import causal_attention_triton, nearest_code_triton  # noqa: E402
 from kernels.causal_attention import attend_to_cache  # noqa: E402
 
-CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+TOOLS = Path(nvidia.__file__).parent / "bin"
 TENSOR_CORES = ("HMMA", "HGMMA")  # the instructions that multiply there
 
 
@@ -43,15 +45,30 @@ class AbsentGPU:
         return 0
 
 
-def disassemble(cubin: bytes) -> tuple[str, list[tuple[int, str, str]]]:
-    """→ what the assembler notes about registers and stack; (address, opcode, operands) per instruction."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [CUOBJDUMP, "-sass", "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def machine_code(cubin: bytes) -> bytes:
+    """The section .text of a kernel's ELF file."""
+    headers, = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)  # names: which section holds all names
+    sections = [struct.unpack_from("<I20xQQ", cubin, headers + i * size) for i in range(count)]
+    return next(cubin[start:start + length] for name, start, length in sections
+                if cubin[sections[names][1] + name:].startswith(b".text."))
+
+
+def disassemble(cubins: list[bytes], capability: int) -> list[list[tuple[int, str, str]]]:
+    """(address, opcode, operands) of each instruction of each kernel; at once, for the start takes long."""
+    codes = list(map(machine_code, cubins))
+    text = run_tool("nvdisasm", b"".join(codes), "--binary", f"SM{capability}" + "a" * (capability == 90))
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);", text)
-    return text, [(int(address, 16), opcode, operands) for address, opcode, operands in found]
+    instructions = iter([(int(address, 16), opcode, operands) for address, opcode, operands in found])
+    return [list(itertools.islice(instructions, len(code) // 16)) for code in codes]
+
+
+def run_tool(name: str, content: bytes, *options: str) -> str:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        return subprocess.run([TOOLS / name, *options, file.name], capture_output=True, text=True,
+                              check=True).stdout
 
 
 def loops(instructions) -> list[list[tuple[str, str]]]:
@@ -87,15 +104,15 @@ def overwritten(loop) -> set[int]:
     return found
 
 
-def measure(kernel) -> dict:
+def measure(kernel, instructions: list) -> dict:
     """What became of a kernel, and of its inner step: the shortest loop that multiplies on tensor cores."""
-    text, instructions = disassemble(kernel.asm["cubin"])
+    usage = run_tool("cuobjdump", kernel.asm["cubin"], "-res-usage")
     whole = [x for _, *x in instructions]
     step = next((loop for loop in loops(instructions)
                  if any(name.startswith(TENSOR_CORES) for name, _ in loop)), [])
     return {
         "kernel": kernel.metadata.name,
-        "registers": int(re.search(r"REG:(\d+)", text)[1]),
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spills": sum(name.startswith(("STL", "LDL")) for _, name, _ in instructions),
         "shared_bytes": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
@@ -128,13 +145,13 @@ def variants():
 def main(capability: int):
     triton.runtime.driver.set_active(AbsentGPU(capability))
     sys.modules["kernels.nearest_code"].generation = lambda device: capability // 10
-    compiled, run = [], JITFunction.run
-    JITFunction.run = lambda *args, warmup, **options: compiled.append(run(*args, warmup=True, **options))
+    kernels, run = [], JITFunction.run
+    JITFunction.run = lambda *args, warmup, **options: kernels.append((name, run(*args, warmup=True, **options)))
     for name, call in variants():
-        compiled.clear()
         call()
-        for kernel in compiled:
-            print(json.dumps({"variant": name} | measure(kernel)), flush=True)
+    code = disassemble([kernel.asm["cubin"] for _, kernel in kernels], capability)
+    for (name, kernel), instructions in zip(kernels, code):
+        print(json.dumps({"variant": name} | measure(kernel, instructions)), flush=True)
 
 
 if __name__ == "__main__":
