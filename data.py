@@ -46,7 +46,6 @@ RESAMPLING = {"image": Image.Resampling.BICUBIC, "segmentation": Image.Resamplin
 # Seed and epoch of an augmentation; None: center crop, not mirrored.
 Key = tuple[int, ...] | None
 
-
 # Small scenes are kept for the next epoch, and for a second stage that encodes what the first was trained on.
 draw_once = functools.cache(scenes.draw_scene)
 
@@ -189,7 +188,7 @@ class Files:
                 except OSError as error:  # a link to nothing, or a name in a list only
                     raise FileNotFoundError(f"{value} cannot be read ({error.strerror}): remove or replace "
                                             "it") from None
-                name = os.fsencode(value).removeprefix(os.fsencode(self.directory)).lstrip(b"/")
+                name = os.fsencode(value.relative_to(self.directory))
                 value = (name, status.st_size, status.st_mtime_ns if times else 0)
             digest.update(repr(value.tolist() if isinstance(value, ndarray) else value).encode())
         return digest.hexdigest()
@@ -245,7 +244,8 @@ def augmentation_rng(key: Key, index: int) -> np.random.Generator:
 
 
 def check_offered(name: str, field: str):
-    """Raises ValueError if a data set does not have a field."""
+    """Raises ValueError if there is no such data set, or if it does not have the field."""
+    run.check_choice("data", name, OFFERED)
     if field not in OFFERED[name]:
         raise ValueError(f"{name} has no {field!r}; it has {', '.join(OFFERED[name])}")
 

@@ -89,7 +89,7 @@ def claim(folder: Path, first_step: int) -> TextIO:
         for part in folder.glob(f"{name}.part"):
             part.unlink()
     log, kept = folder / "log.jsonl", []
-    lines = log.read_text(errors="replace").splitlines(keepends=True) if first_step and log.exists() else []
+    lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []
     for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # torn, maybe just before its newline
             if line.endswith("\n") and json.loads(line)["step"] <= first_step:
@@ -108,8 +108,7 @@ def save_checkpoint(config: Any, process: Any, step: int, parts: dict, name: str
     path, former = config.folder / name, config.folder / "checkpoint.pt"
     if not all(weight.isfinite().all() for weight in parts.get("model", {}).values()):
         advice = f"go on from {former} with --resume and" if former.exists() else "start again with"
-        raise ValueError(f"the weights of step {step} are not finite and were not saved: {advice} a "
-                         "lower --lr")
+        raise ValueError(f"the weights of step {step} are not finite and not saved: {advice} a lower --lr")
     if process.rank > 0:
         return
     provenance = {"command": " ".join(sys.argv), "torch": str(torch.__version__),
@@ -157,8 +156,7 @@ def describe_data(config: Any, dataset, checkpoint: dict | None) -> dict:
              "classes": list(dataset.classes)}
     before = checkpoint["trained_on"] if checkpoint else known
     if known["classes"] != before["classes"]:
-        raise ValueError(f"{config.data_dir} has other classes than this run was trained with; start another "
-                         "with --out")
+        raise ValueError(f"{config.data_dir} has other classes than this run; start another with --out")
     if known["digest"] != before["digest"]:
         if Path(known["data_dir"]).resolve() != Path(before["data_dir"]).resolve():
             raise ValueError(f"{config.data_dir} holds other pictures than {before['data_dir']}, on which "

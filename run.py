@@ -50,8 +50,7 @@ def configure(presets: dict[str, Any], argv: list[str] | None) -> tuple[Any, dic
             raise UsageError(f"{config.folder} already holds a run ({done} of {before['steps']} steps done); "
                              "add --resume to go on with it, or name another --out")
         if set(before) != set(dataclasses.asdict(config)):
-            raise UsageError(f"{path} was written by another version of this code, whose flags differ; "
-                             "start another run with --out")
+            raise UsageError(f"{path} has the flags of another version of this code; name another --out")
         config = override(type(config)(**before), flags)
         for name, value in before.items():
             if name not in config.CHANGEABLE and getattr(config, name) != value:
@@ -128,7 +127,7 @@ def learning_rate(config: Any, step: int) -> float:
         return config.lr * step / config.warmup_steps
     if not config.decay:
         return config.lr
-    progress = (step - 1 - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    progress = (step - 1 - config.warmup_steps) / (config.steps - config.warmup_steps)
     return config.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -152,11 +151,6 @@ class Process(NamedTuple):
     device: torch.device
     rank: int
     world: int
-
-    @property
-    def compile_mode(self) -> str:
-        """Of torch.compile: CUDA graphs on a GPU, where launches outlast their work; untried on several."""
-        return "reduce-overhead" if self.device.type == "cuda" and self.world == 1 else "default"
 
     def wait_for_all(self):
         if self.world > 1:
@@ -273,13 +267,13 @@ def deferred_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))
-               if number and signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
-    before = [signal.signal(number, note) for number in numbers]
+    before = {number: signal.signal(number, note)
+              for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))
+              if number and signal.getsignal(number) != signal.SIG_IGN}  # nohup ignores SIGHUP
     try:
         yield received
     finally:
-        for number, handler in zip(numbers, before):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

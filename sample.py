@@ -111,9 +111,9 @@ PRESETS = {
 
 
 class Row(NamedTuple):
-    """What some samples have in common; None where there is nothing."""
+    """What some samples have in common; None, or no tokens, where there is nothing."""
     condition: Tensor | None = None  # (1,) label, or (1, h, w) codes of a map
-    given: Tensor | None = None  # (1, G) first image tokens
+    given: Tensor = torch.zeros(1, 0, dtype=torch.int64)  # (1, G) first image tokens
     beside: Tensor | None = None  # (1, 1 or 3, H, W), shown: the map, or the picture that is completed
     record: Tensor | None = None  # the condition's field as `data.load` gives it, to be written
 
@@ -162,10 +162,10 @@ def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int, int]:
     f, layout, stage = prior.image.vq.config.downsampling, prior.layout, prior.stages.get(prior.condition)
     flag = "condition" if stage else prior.condition  # --class or --condition names its conditions; or None
     named = [name for name, value in (("class", config.class_), ("condition", config.condition)) if value]
-    if named not in ([], [flag]):
-        wrong = next(name for name in named if name != flag)
-        raise run.UsageError(f"--{wrong} does not fit {config.checkpoint}, which was trained with "
-                             f"--condition {prior.condition or 'none'}")
+    for name in named:
+        if name != flag:
+            raise run.UsageError(f"--{name} does not fit {config.checkpoint}, which was trained with "
+                                 f"--condition {prior.condition or 'none'}")
     if config.data_dir and not flag:
         raise run.UsageError("--data-dir has no effect here: this model has no condition")
     if config.size and not all(side % f == 0 and side // f >= trained for side, trained in
@@ -178,7 +178,7 @@ def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int, int]:
     if config.size and stage and not named:
         raise run.UsageError("--size needs a --condition of that size")
     if config.scales_from or config.complete:
-        if flag and not named and not layout.null_token:
+        if not named and not layout.null_token:  # a model without a condition has one
             raise run.UsageError(f"this model needs a condition ({prior.condition}); name one with --{flag}")
         rows = list(list_completions(prior, config, list_conditions(prior, config) if named else [Row()]))
     elif named:
@@ -213,7 +213,7 @@ def list_conditions(prior: Prior, config: SampleConfig) -> Iterator[Row]:
     for value in values:
         if stage:
             inputs = data.as_input(value, stage.field, stage.vq.config.image_channels)
-            yield Row(stage.encode(value), None, data.as_pictures(inputs, stage.field), value)
+            yield Row(stage.encode(value), beside=data.as_pictures(inputs, stage.field), record=value)
         else:
             yield Row(condition=value, record=value)
 
@@ -286,16 +286,15 @@ def draw(prior: Prior, rows: Iterable[Row], columns: int,
     """
     generator = torch.Generator(prior.device).manual_seed(config.seed)
     repeated = (row for row in rows for _ in range(columns))
-    for _, group in itertools.groupby(
-            repeated, key=lambda row: 0 if row.given is None else row.given.shape[1]):
+    for _, group in itertools.groupby(repeated, key=lambda row: row.given.shape[1]):
         while batch := list(itertools.islice(group, config.batch_size)):
             condition = None if batch[0].condition is None else torch.cat([row.condition for row in batch])
-            given = None if batch[0].given is None else torch.cat([row.given for row in batch])
             if config.size:
                 height, width = (side // prior.image.vq.config.downsampling for side in config.shape)
                 codes = prior.sample_window(len(batch), height, width, condition, config.sampling, generator)
                 yield batch, prior.image.decode(codes), None
             else:
+                given = torch.cat([row.given for row in batch])  # (B, G)
                 tokens = prior.sample(len(batch), condition, given, config.sampling, generator)
                 yield batch, prior.pictures(tokens), tokens
 
@@ -304,7 +303,7 @@ def save_condition(prior: Prior, row: Row, folder: Path, number: int):
     """A sample's condition beside it: labels of a mask as they are, depth in 16 bits, a class by its name."""
     if row.record is None:
         return
-    value = row.record[0].cpu().numpy()
+    value = row.record[0].numpy()
     if prior.condition == "class":
         names, advice = folder / "classes.txt", "make room, or name another --out"
         with writing(names, advice), names.open("a", encoding="utf-8", errors="surrogateescape") as file:
@@ -321,7 +320,7 @@ def arrange(rows: list[Row], pictures: Tensor, columns: int) -> Image.Image:
     if rows[0].beside is None:
         square = rows[0].record is None
         return picture_grid(pictures, math.isqrt(len(pictures)) if square else columns)
-    beside = torch.cat([row.beside.expand(-1, 3, -1, -1).cpu() for row in rows[::columns]])  # (R, 3, H, W)
+    beside = torch.cat([row.beside.expand(-1, 3, -1, -1) for row in rows[::columns]])  # (R, 3, H, W)
     both = torch.cat([beside[:, None], pictures.unflatten(0, (-1, columns))], 1)  # (R, 1 + columns, 3, H, W)
     return picture_grid(both.flatten(0, 1), columns + 1)
 
@@ -329,9 +328,8 @@ def arrange(rows: list[Row], pictures: Tensor, columns: int) -> Image.Image:
 def save_animation(prior: Prior, tokens: Tensor, path: Path):
     """A GIF in which the cells of image tokens (N, T) appear step by step, on grey or the coarser scale."""
     T = tokens.shape[1]
-    grids = prior.layout.grids(tokens)
     ranks = prior.layout.grids(torch.arange(T, device=tokens.device)[None])  # steps of cells, (1, h, w)
-    scales = [prior.image.decode(codes) for codes in grids]  # (N, C, H, W) each, coarse to fine
+    scales = [prior.image.decode(codes) for codes in prior.layout.grids(tokens)]  # (N, C, H, W) each
     size, frames, stride = scales[-1].shape[2:], [], math.ceil(T / 64)
     for step in range(0, T + stride, stride):
         shown = torch.zeros_like(scales[-1])

@@ -6,7 +6,6 @@
 Symbols: B batch, N pictures of a data set, C channels, H×W pixels, h×w code grid, T image tokens.
 """
 import hashlib
-import itertools
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -62,8 +61,8 @@ class FirstStage:
         colours = torch.rand(512, 3)
         if process.rank == 0 and not config.benchmark:
             dataset = data.open_dataset(config.data, config.data_dir, "train", preparation)
-            order = itertools.islice(data.training_order(len(dataset), 64, config.seed), 16)
-            images = torch.cat([batch["image"] for batch in data.load(dataset, order, process.device, 0)])
+            order = data.training_order(len(dataset), 1024, config.seed)
+            images = next(data.load(dataset, order, process.device, 0))["image"]  # (1024, 3, S, S)
             colours = Palette.fit(as_vectors(data.as_input(images, "image", 3)), 512).colours
         return cls(Palette(process.agree([colours.cpu()])[0]), "image", preparation, {})
 
@@ -105,7 +104,7 @@ class FirstStage:
         digest = hashlib.sha256(json.dumps(asdict(self.vq.config), sort_keys=True).encode())
         for name, weight in sorted(self.vq.state_dict().items()):
             digest.update(name.encode())
-            digest.update(weight.cpu().contiguous().numpy().tobytes())
+            digest.update(weight.cpu().numpy().tobytes())  # in row-major order, whatever the memory format
         return digest.hexdigest()
 
     def encode(self, values: Tensor) -> Tensor:
@@ -199,7 +198,6 @@ class Prior:
         grids = self.image.pyramid(chosen["image"].to(self.device, non_blocking=True), self.layout.scales)
         return self.layout.tokens(grids, condition)
 
-    @torch.no_grad()
     def sample(self, count: int, condition: Tensor | None = None, given: Tensor | None = None,
                sampling: Sampling = Sampling(), generator: torch.Generator | None = None,
                cached: bool = True, steps: int | None = None, captured: bool = True) -> Tensor:
@@ -209,8 +207,7 @@ class Prior:
         the first tokens, which are kept: part of a picture to be completed, or its coarser scales.
         Raises ValueError for guidance of a model that was trained without --condition-dropout.
         """
-        device, length = self.device, sum(self.layout.lengths)
-        guided = sampling.guidance != 1
+        device, guided = self.device, sampling.guidance != 1
         if guided and not (self.layout.condition_length and self.layout.null_token):
             raise ValueError(f"guidance is {sampling.guidance}, but this model knows no dropped condition: "
                              "train one with --condition and --condition-dropout 0.1")
@@ -218,15 +215,14 @@ class Prior:
         prefixes = [self.layout.prefix(each, count).to(device) for each in conditions]  # (B, P) each
         if given is not None:
             prefixes = [torch.cat([prefix, given.to(device)], 1) for prefix in prefixes]  # (B, P + G)
-            length -= given.shape[1]
+        left = self.layout.prefix_length + sum(self.layout.lengths) - prefixes[0].shape[1]  # T − G
         with run.autocast(device):
             tokens = self.gpt.generate(
-                prefixes[0], length if steps is None else steps, sampling.temperature, sampling.top_k,
-                generator, sampling.top_p, self.layout.codebook_size, cached, sampling.guidance, prefixes[-1],
-                captured)
+                prefixes[0], left if steps is None else steps, sampling.temperature, sampling.top_k,
+                generator, sampling.top_p, sampled_tokens=self.layout.codebook_size, cached=cached,
+                guidance=sampling.guidance, null_prefix=prefixes[-1], captured=captured)
         return tokens[:, self.layout.prefix_length:]  # (B, T)
 
-    @torch.no_grad()
     def sample_window(self, count: int, height: int, width: int, condition: Tensor | None = None,
                       sampling: Sampling = Sampling(), generator: torch.Generator | None = None) -> Tensor:
         """Draw grids larger than in training by a sliding window: codes (count, height, width) int64.

@@ -90,7 +90,6 @@ class TrainConfig:
 
     def __post_init__(self):
         run.check_training(self)
-        run.check_choice("data", self.data, data.OFFERED)
         data.check_offered(self.data, self.target)
         run.check_choice("target", self.target, FIELDS)
         run.check_choice("perceptual", self.perceptual, ("none", *SMALLEST))
@@ -332,7 +331,6 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
     return scores | {"codes_used": used, "perplexity": perplexity}, counts
 
 
-@torch.no_grad()
 def draw(vq: VQ, validation, counts: Tensor, config: TrainConfig, path: Path):
     """Up to 16 validation pictures in rows of 8, each above its reconstruction; a square for each code."""
     columns = min(8, len(validation))
