@@ -297,7 +297,7 @@ def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device,
          workers: int) -> Iterator[dict[str, Tensor]]:
     """The fields of each batch of an order on the device, (B, ...), still of the data set's types."""
     if workers < 0:  # one per core to read files, none for data in memory or drawn
-        workers = min(8, os.cpu_count() or 1) if isinstance(dataset, Files) else 0
+        workers = min(8, run.available_cores()) if isinstance(dataset, Files) else 0
     if workers:  # before they start, for that may fail midway
         atexit.unregister(run.kill_workers)
         atexit.register(run.kill_workers)

@@ -277,6 +277,11 @@ def deferred_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def available_cores() -> int:
+    """Of this process: a cluster's scheduler or a container may allow fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def ignore_signals(worker: int):
     """Signals reach the whole process group: the run decides when to stop, its workers go on until then."""
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):

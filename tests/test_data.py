@@ -637,7 +637,11 @@ def test_files_are_prepared_by_a_worker_per_core_unless_a_number_is_asked_for(tm
 
     monkeypatch.setattr(data, "DataLoader", stands_in)
     for cores, expected in ((2, 2), (64, 8), (None, 1)):
-        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        monkeypatch.setattr(os, "cpu_count", lambda: 1000 if cores else None)
+        if cores:  # that this process may use
+            monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+        else:  # a system that tells nothing
+            monkeypatch.delattr(os, "sched_getaffinity", raising=False)
         for workers in (-1, 0, 5):
             for dataset in (opened(tmp_path), Scenes("val", Preparation(8))):
                 with pytest.raises(LookupError):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CIFAR-10 by class, 8×8 codes, on one CPU core: about ten minutes for the first stage, 30 for the GPT. From the repository's root:
+# CIFAR-10 by class, 8×8 codes, on one CPU core: about eleven minutes for the first stage, 25 for the GPT. From the repository's root:
 #     bash results/cifar10/run.sh DIR          DIR holds cifar-10-batches-bin, or is where it is fetched to
 # The first stage is that of `python results/orders/orders.py cifar10`: leave out its line if that has run.
 set -euo pipefail

@@ -11,7 +11,7 @@ train() {
 data=$1 vgg16=$2 alexnet=$3
 train --perceptual-weight 0 --out runs/vq-cifar10-l1
 train --out runs/vq-cifar10-lpips
-for weight in 0.1 0.8; do  # evaluated after the discriminator's first step
+for weight in 0.1 0.8; do  # evaluated after the adversarial loss's first step
     train --discriminator-weight $weight --discriminator-start 0.75 --discriminator-ramp 0 --discriminator-layers 2 \
         --eval-every 2250 --out runs/vq-cifar10-gan-$weight
 done

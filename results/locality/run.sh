@@ -19,3 +19,6 @@ for seed in 0 1 2; do
         $with results/conditions/measure.py $run/$order/checkpoint.pt
     done
 done
+cp runs/locality-0/vq/log.jsonl results/locality/first_stage.jsonl
+cp runs/locality-0/spiral/log.jsonl results/locality/spiral.jsonl
+cp runs/locality-0/spiral/step-005700.png results/locality/samples_spiral.png

@@ -3,10 +3,11 @@
 # `python results/orders/orders.py scenes`:
 #     bash results/multiscale/run.sh
 set -euo pipefail
-python train_gpt.py --multiscale --steps 2400
-cp runs/gpt-demo-scenes-row-multiscale/log.jsonl results/multiscale/log.jsonl
-cp runs/gpt-demo-scenes-row-multiscale/loss-map.png results/multiscale/loss_map.png
-python results/multiscale/measure.py runs/gpt-demo-scenes-row-multiscale/checkpoint.pt \
+run=runs/multiscale/scales
+python train_gpt.py --multiscale --steps 2400 --out $run
+cp $run/log.jsonl results/multiscale/log.jsonl
+cp $run/loss-map.png results/multiscale/loss_map.png
+python results/multiscale/measure.py $run/checkpoint.pt \
     runs/orders/scenes/{row,spiral,subsample}-0/checkpoint.pt
 # Three validation scenes as files, to be completed.
 python - <<'END'
@@ -15,7 +16,7 @@ import scenes
 for i in (2, 5, 7):
     Image.fromarray(scenes.draw_scene("val", i, 32).image).save(f"runs/scene-{i}.png")
 END
-python sample.py --checkpoint runs/gpt-demo-scenes-row-multiscale/checkpoint.pt --scales-from runs/scene-2.png --count 6 \
+python sample.py --checkpoint $run/checkpoint.pt --scales-from runs/scene-2.png --count 6 \
     --out results/multiscale/scales.png
 for order in row spiral subsample; do
     mkdir -p runs/scenes
@@ -23,5 +24,5 @@ for order in row spiral subsample; do
     python sample.py --checkpoint runs/orders/scenes/$order-0/checkpoint.pt --complete runs/scenes --hide --count 4 \
         --out results/multiscale/completion_$order.png
 done
-python sample.py --checkpoint runs/gpt-demo-scenes-row-multiscale/checkpoint.pt --count 8 --out runs/multiscale.png \
+python sample.py --checkpoint $run/checkpoint.pt --count 8 --out runs/multiscale/samples.png \
     --animate results/multiscale/scales.gif
