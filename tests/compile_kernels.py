@@ -57,8 +57,9 @@ def machine_code(cubin: bytes) -> bytes:
 def disassemble(cubins: list[bytes], capability: int) -> list[list[tuple[int, str, str]]]:
     """(address, opcode, operands) of each instruction of each kernel; at once, for the start takes long."""
     codes = list(map(machine_code, cubins))
-    text = run_tool("nvdisasm", b"".join(codes), "--binary", f"SM{capability}" + "a" * (capability == 90))
+    text = run_tool("nvdisasm", b"".join(codes), "--binary", f"SM{capability}" + "a" * (capability >= 90))
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);", text)
+    assert len(found) == sum(map(len, codes)) // 16, f"{len(found)} instructions, which have 16 bytes each"
     instructions = iter([(int(address, 16), opcode, operands) for address, opcode, operands in found])
     return [list(itertools.islice(instructions, len(code) // 16)) for code in codes]
 
