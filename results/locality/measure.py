@@ -2,7 +2,7 @@
 
     python results/locality/measure.py CHECKPOINT …
 
-In each of 1,000 validation scenes one quarter is replaced by that of the scene before. Counted are the codes whose cells neither lie
+In each of 1,000 validation pictures one quarter is replaced by that of the picture before. Counted are the codes whose cells neither lie
 in that quarter nor touch it. Mean over the four quarters.
 """
 import sys
@@ -20,7 +20,7 @@ COUNT = 1000
 
 @torch.no_grad()
 def share_changed(stage: FirstStage) -> float:
-    dataset = data.open_dataset("scenes", "data", "val", stage.preparation)
+    dataset = data.open_dataset(stage.trained_on["data"], stage.trained_on["data_dir"], "val", stage.preparation)
     images = next(data.load(dataset, data.fixed_order(COUNT, COUNT), torch.device("cpu"), 0))["image"]  # (N, 3, S, S)
     others, codes = images.roll(1, 0), stage.encode(images)  # codes: (N, h, w)
     half, cells = images.shape[2] // 2, codes.shape[1] // 2
