@@ -1,6 +1,6 @@
 """Train the second stage: a GPT over grids of codes in one of five orders, after any condition (§2 to §4).
 
-    python train_gpt.py --order spiral                        the drawn scenes, under 5 minutes on 2 CPU cores
+    python train_gpt.py --order spiral                        the drawn scenes, 3 to 6 minutes on 2 CPU cores
     python train_gpt.py --condition segmentation              masks → pictures; also class, depth, pose
     python train_gpt.py --multiscale                          coarse to fine, §3
     python train_gpt.py --preset cifar10 --pixels             on 1,024 pixels of 512 colours, §2's baseline
@@ -129,7 +129,7 @@ class TrainConfig:
 
 
 PRESETS = {
-    "demo": TrainConfig(  # 2 CPU cores: 2m32s, about twice that with a map, and 1m10s for each first stage
+    "demo": TrainConfig(  # 2 CPU cores: 1m34s to 3m23s, twice that with a map, 46 s to 2m04s a first stage
         preset="demo", data="scenes", data_dir="data", n_layer=4, n_head=4, n_embd=160, gelu="none",
         steps=1900, batch_size=16, lr=3e-3, weight_decay=0.1, clip=1.0, warmup_steps=100, decay=True,
         eval_every=950, checkpoint_every=475),

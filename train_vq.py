@@ -1,6 +1,6 @@
 """Train the first stage: pictures → a grid of codes → pictures (§2, §A.1).
 
-    python train_vq.py                                        the drawn scenes, about a minute on 2 CPU cores
+    python train_vq.py                                        the drawn scenes, 1 to 2 minutes on 2 CPU cores
     python train_vq.py --preset cifar10 --data-dir data       CIFAR-10, once downsampled
     python train_vq.py --data folder --data-dir my_pictures   your own pictures
     python train_vq.py --target depth                         the first stage of a condition, §4
