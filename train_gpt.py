@@ -129,7 +129,7 @@ class TrainConfig:
 
 
 PRESETS = {
-    "demo": TrainConfig(  # 2 CPU cores: 1m34s to 3m23s, twice that with a map, 46 s to 2m04s a first stage
+    "demo": TrainConfig(  # 2 CPU cores: 1m34s to 3m23s, about twice with a map; a first stage 46 s to 2m04s
         preset="demo", data="scenes", data_dir="data", n_layer=4, n_head=4, n_embd=160, gelu="none",
         steps=1900, batch_size=16, lr=3e-3, weight_decay=0.1, clip=1.0, warmup_steps=100, decay=True,
         eval_every=950, checkpoint_every=475),

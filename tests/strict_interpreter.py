@@ -31,7 +31,8 @@ init_arguments, call = Executor._init_args_hst, Executor.__call__
 load, store = Builder.create_masked_load, Builder.create_masked_store
 cast, arithmetic = Builder.cast_impl, Builder.binary_op
 set_grid, set_program = Builder.set_grid_dim, Builder.set_grid_idx
-patch_language = interpreter._patch_lang
+patch_language, get_np_dtype = interpreter._patch_lang, interpreter._get_np_dtype
+np_dtypes = {}  # by the names of triton's
 
 
 def float_from_bfloat16(bits: np.ndarray) -> np.ndarray:
@@ -167,7 +168,7 @@ class Launches:
 
         return [(Executor, "_init_args_hst", init), (Executor, "__call__", launch),
                 (Executor, "_restore_args_dev", lambda *_: None),  # CPU tensors were not copied
-                (interpreter, "_patch_lang", patch_once),
+                (interpreter, "_patch_lang", patch_once), (interpreter, "_get_np_dtype", known_np_dtype),
                 (Builder, "set_grid_dim", set_real_grid), (Builder, "set_grid_idx", set_real_program),
                 (Builder, "create_masked_load", checked_load),
                 (Builder, "create_masked_store", checked_store), (Builder, "cast_impl", rounding_cast),
@@ -182,6 +183,14 @@ class Launches:
             known |= memory.touch(addresses, size, self.program, what)
         if not known.all():
             raise IndexError(f"out-of-bounds {what} of {int((~known).sum())} element(s)")
+
+
+def known_np_dtype(dtype) -> np.dtype:
+    """The stock function builds a table at each call, a fifth of all time."""
+    name = dtype.scalar.name
+    if name not in np_dtypes:
+        np_dtypes[name] = get_np_dtype(dtype)
+    return np_dtypes[name]
 
 
 def rounding_cast(builder, source, target):
