@@ -179,7 +179,7 @@ class Files:
                 f"{self.digest(times=True)}")
 
     def digest(self, times: bool = False) -> str:
-        """SHA-256 of the files' names below the folder and their sizes; `times`: and when they changed."""
+        """SHA-256 of names below the folder (bytes, for speed) and sizes; `times`: and when they changed."""
         digest = hashlib.sha256()
         for value in (value for record in self.records for value in record.values()):
             if isinstance(value, Path):
@@ -188,7 +188,7 @@ class Files:
                 except OSError as error:  # a link to nothing, or a name in a list only
                     raise FileNotFoundError(f"{value} cannot be read ({error.strerror}): remove or replace "
                                             "it") from None
-                name = os.fsencode(value.relative_to(self.directory))
+                name = os.fsencode(value).removeprefix(os.fsencode(self.directory)).lstrip(b"/")
                 value = (name, status.st_size, status.st_mtime_ns if times else 0)
             digest.update(repr(value.tolist() if isinstance(value, ndarray) else value).encode())
         return digest.hexdigest()

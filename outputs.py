@@ -89,7 +89,7 @@ def claim(folder: Path, first_step: int) -> TextIO:
         for part in folder.glob(f"{name}.part"):
             part.unlink()
     log, kept = folder / "log.jsonl", []
-    lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []
+    lines = log.read_text(errors="replace").splitlines(keepends=True) if first_step and log.exists() else []
     for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # torn, maybe just before its newline
             if line.endswith("\n") and json.loads(line)["step"] <= first_step:

@@ -127,7 +127,7 @@ def learning_rate(config: Any, step: int) -> float:
         return config.lr * step / config.warmup_steps
     if not config.decay:
         return config.lr
-    progress = (step - 1 - config.warmup_steps) / (config.steps - config.warmup_steps)
+    progress = (step - 1 - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
