@@ -24,6 +24,12 @@ def assign_codes(latents: Tensor, codebook: Tensor) -> Tensor:
     return nearest_code(as_vectors(latents.float()), codebook).view(B, h, w)
 
 
+def embed_codes(codes: Tensor, codebook: Tensor) -> Tensor:
+    """The rows of codes: (B, h, w), codebook (K, D) → (B, D, h, w)."""
+    # A permuted view would make convolutions compute with channels last, whatever their weights are in.
+    return codebook[codes].permute(0, 3, 1, 2).contiguous()
+
+
 def kmeans_plusplus(vectors: Tensor, count: int, centres: Tensor) -> Tensor:
     """Draw `count` of the vectors (N, D) as further centres beside those given (M, D): (count, D).
 

@@ -122,7 +122,7 @@ def check_training(config: Any):
 
 
 def learning_rate(config: Any, step: int) -> float:
-    """lr of step 1, 2, …: linear warm-up, then constant (the paper) or cosine decay to a twentieth."""
+    """lr of step 1, 2, …: linear warm-up, then constant (their release) or cosine decay to a twentieth."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if not config.decay:
@@ -195,9 +195,13 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """Of convolutions: channels last is faster on a CPU (results/speed), slower on an H200 (results/gpu)."""
-    return torch.channels_last if device.type == "cpu" else torch.preserve_format
+def memory_format(device: torch.device, trained_row: int = 0) -> torch.memory_format:
+    """Of convolutions: channels last is faster on a CPU (results/speed), slower on an H200 (results/gpu).
+
+    Not in training if a row of pixels, `trained_row` bytes in all channels, is large beside the CPU's first
+    cache: then weights' gradients take several times as long.
+    """
+    return torch.channels_last if device.type == "cpu" and trained_row <= 8192 else torch.preserve_format
 
 
 def start(config: Any) -> Process:

@@ -73,7 +73,7 @@ class TrainConfig:
     steps: int = 500_000  # training steps; the paper gives none
     batch_size: int = 12  # pictures per step, over all processes; §A.1 has it for the GPT
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass, to save memory
-    lr: float = 12 * 4.5e-6  # learning rate; §A.1 has it for the GPT, the authors' release for both
+    lr: float = 12 * 4.5e-6  # learning rate; batch size times 4.5e-6: scale it yourself. Likewise §A.1
     beta1: float = 0.5  # of Adam; this and the next as in the authors' released model
     beta2: float = 0.9  # of Adam
     warmup_steps: int = 0  # steps of linear warm-up of lr
@@ -185,7 +185,8 @@ def main(argv: list[str] | None = None) -> Path | None:
 
     # One forward pass of the autoencoder serves its own optimizer and the discriminator's.
     vq = VQ(config.model(channels), config.gradient_checkpointing, config.compile)
-    stage = FirstStage(vq, config.target, preparation, trained_on).to(device)
+    vq.to(device, memory_format=run.memory_format(device, 4 * config.image_size * config.base_channels))
+    stage = FirstStage(vq, config.target, preparation, trained_on)
     model = DistributedDataParallel(vq) if world > 1 else vq
     optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2), fused=True)
     adversary = open_adversary(config, channels, process)

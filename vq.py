@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import taming
-from codebook import assign_codes, kmeans
+from codebook import assign_codes, embed_codes, kmeans
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,10 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention over all cells of the grid, with a zero-initialized output projection."""
+    """Single-head self-attention over all cells of the grid, with a zero-initialized output projection.
+
+    §A.1 does not name it: it is in the authors' release.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -181,7 +184,7 @@ class Quantizer(nn.Module):
         """
         latents = latents.float()
         codes = assign_codes(latents, self.codebook)  # (B, h, w)
-        chosen = self.codebook[codes].permute(0, 3, 1, 2)  # (B, D, h, w)
+        chosen = embed_codes(codes, self.codebook)  # (B, D, h, w)
         loss = (F.mse_loss(chosen, latents.detach())
                 + self.commitment_weight * F.mse_loss(latents, chosen.detach()))
         quantized = chosen.detach() + (latents - latents.detach())  # the bracket is 0, with gradient 1
@@ -245,7 +248,7 @@ class VQ(nn.Module):
 
     def embed(self, codes: Tensor) -> Tensor:
         """The codebook rows of codes (B, h, w): (B, D, h, w) float32."""
-        return self.quantizer.codebook[codes].permute(0, 3, 1, 2)
+        return embed_codes(codes, self.quantizer.codebook)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -287,6 +290,6 @@ class Palette(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes (B, H, W) int64 in [0, K) → images (B, C, H, W) of their colours."""
-        return self.colours[codes].permute(0, 3, 1, 2)
+        return embed_codes(codes, self.colours)
 
     embed = decode  # the colours are the embedding

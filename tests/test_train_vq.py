@@ -328,10 +328,12 @@ def test_a_run_with_a_discriminator_goes_on_bit_for_bit_across_its_start(
 
 def test_a_run_goes_on_with_weights_in_another_memory_format(plain, tmp_path, monkeypatch):
     """As on a CPU after a GPU: the moments are moved, too, for fused Adam reads both as plain memory."""
-    whole = train(plain, tmp_path / "whole", "--lr", "0.01")
+    whole, rows = train(plain, tmp_path / "whole", "--lr", "0.01"), []
     with monkeypatch.context() as other:
-        other.setattr(run, "memory_format", lambda device: torch.preserve_format)
+        other.setattr(run, "memory_format", lambda _, row=0: rows.append(row) or torch.preserve_format)
         train(plain, tmp_path / "half", "--lr", "0.01", "--steps", "6")
+    config = read(whole)["config"]
+    assert 4 * config["image_size"] * config["base_channels"] in rows
     resumed = train(plain, tmp_path / "half", "--lr", "0.01", "--resume")
     for (name, a), b in zip(read(whole)["model"].items(), read(resumed)["model"].values()):
         assert torch.allclose(a, b, rtol=1e-2, atol=1e-3), (name, (a - b).abs().max())

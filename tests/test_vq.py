@@ -275,6 +275,17 @@ def test_decode_of_encode_is_the_reconstruction_of_forward_and_float32_under_aut
         assert vq.decode(codes).dtype == torch.float32
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_every_feature_map_has_the_memory_format_of_the_weights(memory_format):
+    """One map in the other format makes convolutions convert it and go on in channels last."""
+    vq, formats = thin_vq().to(memory_format=memory_format), []
+    for layer in [*vq.encoder, *vq.decoder]:
+        layer.register_forward_hook(
+            lambda layer, x, y: formats.append(y.is_contiguous(memory_format=memory_format)))
+    vq.decode(vq(images())[1])
+    assert len(formats) == len(vq.encoder) + 2 * len(vq.decoder) and all(formats)
+
+
 @pytest.mark.parametrize("h, w, size", [(8, 8, 4), (8, 8, 1), (8, 4, 2), (6, 6, 3), (4, 8, 4)])
 def test_requantize_pools_the_embedded_codes_and_looks_them_up_again(h, w, size):
     vq = VQ(THIN)

@@ -39,7 +39,7 @@ from vq import VQ, Quantizer, VQConfig
 
 ROUNDS, TOKENS = 3, 256
 NETWORK = {"double_z": False, "z_channels": 256, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
-           "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "attn_resolutions": [16], "dropout": 0.0}  # §A.1
+           "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "attn_resolutions": [16], "dropout": 0.0}  # the released f16
 
 
 class TamingVQ(nn.Module):
@@ -115,7 +115,7 @@ def our_step(vq: VQ, perceptual: losses.PerceptualLoss, images: Tensor) -> Calla
 
 def first_stage():
     theirs = TamingVQ().eval()
-    ours = ours_of(VQ, theirs.state_dict()).to(memory_format=torch.channels_last)  # as train_vq.py on a CPU
+    ours = ours_of(VQ, theirs.state_dict()).to(memory_format=torch.channels_last)  # as stages.py on a CPU
     images = torch.rand(1, 3, 256, 256) * 2 - 1
     with torch.no_grad():
         codes, (_, _, (_, _, their_codes)) = ours.encode(images), theirs.encode(images)
@@ -128,12 +128,13 @@ def first_stage():
     lpips.models.vgg16 = lambda pretrained, make=lpips.models.vgg16: make()
     perceptual = losses.PerceptualLoss(None, "vgg16")
     loss = vqperceptual.VQLPIPSWithDiscriminator(disc_start=0, disc_weight=0.8)
+    ours.to(memory_format=torch.contiguous_format)  # as train_vq.py for pictures of this size
     compare("  training step, LPIPS and discriminator", {
         "ours": our_step(ours.train(), perceptual, images), "taming": taming_step(theirs.train(), loss, images)})
 
 
 def quantizer():
-    latents = torch.randn(12, 256, 16, 16)  # the paper's batch
+    latents = torch.randn(12, 256, 16, 16)  # the paper preset's batch
     codebook = torch.randn(1024, 256)
     ours = Quantizer(VQConfig())
     theirs = VectorQuantizer2(1024, 256, beta=0.25)

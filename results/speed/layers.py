@@ -3,8 +3,8 @@
     python results/speed/layers.py
 
 Linear: the 48 linear layers of GPT2-small's blocks for one row (sampling) and for two (guidance), by `nn.Linear`, as W @ xᵀ, and
-by oneDNN. First stage: the demo's training step of 8 pictures and encoding of 64, weights as they are or with channels
-last (`run.memory_format`). Medians of alternating rounds.
+by oneDNN. First stage: the demo's training step of 8 pictures and encoding of 64, and the `paper` preset's of one picture of
+128×128, row-major or with channels last (`run.memory_format`). Medians of alternating rounds.
 """
 import statistics
 import sys
@@ -24,9 +24,9 @@ from vq import VQ
 ROUNDS = 15
 
 
-def compare(title: str, forms: dict[str, Callable[[], object]]):
+def compare(title: str, forms: dict[str, Callable[[], object]], rounds: int = ROUNDS):
     """Print each form's time in ms, and as a ratio to the first one's."""
-    medians = {name: statistics.median(each) for name, each in alternate(forms, ROUNDS, warm_up=2).items()}
+    medians = {name: statistics.median(each) for name, each in alternate(forms, rounds, warm_up=2).items()}
     first = next(iter(medians.values()))
     print(f"{title}: " + ", ".join(f"{name} {1e3 * each:.1f} ms ({each / first:.2f})" for name, each in medians.items()))
 
@@ -54,11 +54,13 @@ def main():
                 "nn.Linear": lambda: [F.linear(x, w, b) for x, (w, b) in each],
                 "W @ xᵀ": lambda: [(w @ x.T).T + b for x, (w, b) in each],
                 "oneDNN": lambda: [torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "") for x, (w, b) in each]})
-    networks = {"as they are": VQ(train_vq.PRESETS["demo"].model())}
-    networks["channels last"] = VQ(train_vq.PRESETS["demo"].model()).to(memory_format=torch.channels_last)
-    images = torch.rand(64, 3, 32, 32) * 2 - 1
-    compare("encoding 64", {name: lambda vq=vq: vq.encode(images) for name, vq in networks.items()})
-    compare("training step of 8", {name: training_step(vq, images[:8]) for name, vq in networks.items()})
+    for preset, size, encoded, trained, rounds in (("demo", 32, 64, 8, ROUNDS), ("paper", 128, 1, 1, 3)):
+        config, images = train_vq.PRESETS[preset].model(), torch.rand(encoded, 3, size, size) * 2 - 1
+        networks = {"row-major": VQ(config), "channels last": VQ(config).to(memory_format=torch.channels_last)}
+        compare(f"{preset} network, encoding {encoded} of {size}×{size}",
+                {name: lambda vq=vq: vq.encode(images) for name, vq in networks.items()}, rounds)
+        compare(f"{preset} network, training step of {trained}",
+                {name: training_step(vq, images[:trained]) for name, vq in networks.items()}, rounds)
 
 
 if __name__ == "__main__":
