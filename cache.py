@@ -1,4 +1,4 @@
-"""The codes of a data set, computed once by the frozen first stages and kept on the disk for every run (§2).
+"""The codes of a data set, computed once by the frozen first stages and kept on the disk for every run.
 
 Symbols: N pictures, h×w code grid.
 """

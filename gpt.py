@@ -22,7 +22,7 @@ from kernels.causal_attention import attend_to_cache, causal_attention, kernels_
 @dataclass(frozen=True)
 class GPTConfig:
     """All that is needed to rebuild the network. Raises ValueError for sizes that do not fit together."""
-    vocab_size: int = 2048  # 1,024 image and 1,024 condition codes in disjoint ranges: 307 M parameters, §A.1
+    vocab_size: int = 2048  # 1,024 codes of an image, 1,024 of a condition: then there are §A.1's 307 M
     block_size: int = 512  # positions: 256 of a condition and 256 of an image, §4
     n_layer: int = 24  # GPT2-medium, §A.1
     n_head: int = 16
@@ -159,7 +159,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """tokens (B, T) int64 in [0, vocab_size) → logits (B, T, V). The head is not tied to the embedding.
 
-    §A.1's size has 307,030,016 parameters.
+    The default config has 307,030,016 parameters (§A.1: 307 M).
     """
 
     def __init__(self, config: GPTConfig):

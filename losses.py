@@ -4,7 +4,8 @@
     the autoencoder minimizes nll + quantization loss + 0.8·λ·g, the discriminator D the hinge loss
 
 §A.1 names LPIPS and a patch discriminator; all else is as in the authors' release (VQGAN). Unlike there,
-the weight 0.8 is reached by a linear ramp from the step in which D starts to train.
+the weight 0.8 is reached by a linear ramp from the step in which D starts to train, LPIPS has no dropout,
+and each pixel of a mask has one label (softmax), where theirs has a yes or no for each.
 
 Symbols: B batch, C channels, H×W pixels, h'×w' patches, x images, x̂ reconstructions.
 """

@@ -1,8 +1,9 @@
 """The five orders in which a grid of codes becomes a sequence (§3), and which token stands where in it (§4).
 
 An order (Fig. 2) is a permutation p of the h·w cells, (h·w,) int64: p[t] is the row-major index of the cell
-that is visited at step t. The picture in each docstring is its inverse, the rank grid: it shows for each cell
-of a 4×4 grid at which step it is visited. Those pictures are run as tests.
+that is visited at step t. What §3's text leaves open, where a spiral starts and how it turns, or which
+quarter comes first, is as in the authors' release. The picture in each docstring is the inverse, the rank
+grid: for each cell of a 4×4 grid, the step at which it is visited. Those pictures are run as tests.
 
 `TokenLayout` puts the image's codes, of one scale or several, behind the tokens of a condition.
 
@@ -205,7 +206,7 @@ class TokenLayout:
 
     @property
     def block_size(self) -> int:
-        """Positions that a GPT needs: 512 for the paper's maps. The last token is never an input."""
+        """Positions of a GPT: 512 for the paper's maps. The last is unused behind a condition, as theirs."""
         return self.condition_length + sum(self.lengths)
 
     @property

@@ -57,7 +57,7 @@ class FirstStage:
 
     @classmethod
     def of_pixels(cls, config: Any, preparation: Preparation, process: run.Process) -> "FirstStage":
-        """The pixel baseline (§2): a palette of 512 colours, by k-means of 1,024 training crops."""
+        """The pixel baseline (§2): 512 colours, k-means of up to 250,000 pixels of 1,024 training crops."""
         colours = torch.rand(512, 3)
         if process.rank == 0 and not config.benchmark:
             dataset = data.open_dataset(config.data, config.data_dir, "train", preparation)
@@ -108,7 +108,7 @@ class FirstStage:
         return digest.hexdigest()
 
     def encode(self, values: Tensor) -> Tensor:
-        """The field of a batch as `data.load` gives it, (B, …) → codes (B, h, w) int64."""
+        """The field of a batch as `data.load` gives it, (B, …) → codes (B, h, w) int64; in float32."""
         values = values.to(next(self.vq.parameters()).device)
         return self.vq.encode(data.as_input(values, self.field, self.vq.config.image_channels))
 
@@ -166,6 +166,11 @@ class Prior:
     def from_taming(cls, path: str | Path, n_head: int) -> "Prior":
         """Their start token is code 0; here a null token of its own has the same embedding."""
         gpt, image = GPT.from_taming(path, n_head), FirstStage.load(path)
+        if gpt.config.vocab_size != image.codebook_size:
+            raise ValueError(f"{path} has a GPT of {gpt.config.vocab_size} tokens for {image.codebook_size} "
+                             "codes; only unconditional models, with equal numbers, can be sampled")
+        announce(f"{path} is sampled as unconditional: of a class-conditional model, which cannot be told "
+                 "apart, class 0")
         written = taming.writing_order(path)  # (T,)
         side = round(len(written) ** 0.5)
         names = ORDERINGS if side & (side - 1) == 0 else ("row", "spiral", "alternate")  # for any side

@@ -52,7 +52,7 @@ class TrainConfig:
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
     workers: int = -1  # of the data loader; -1: one a core, at most 8 (none for data in memory)
     vq: str = ""  # first stage: by train_vq.py, or the authors' (vqgan.ckpt); empty: runs/vq-PRESET-DATA/
-    views: int = 1  # encodings of a training picture: as it is, then augmented as the first stage's (--flip)
+    views: int = 1  # encodings of a training picture: its center; then random crops, as in that stage
     codes_dir: str = "runs/codes"  # folder of the code cache, which all runs share
 
     order: str = "row"  # row, spiral, zcurve, subsample or alternate: how a grid is unrolled, §3, Fig. 2
@@ -70,7 +70,7 @@ class TrainConfig:
 
     steps: int = 500_000  # training steps; the paper gives none
     batch_size: int = 12  # pictures per step, over all processes, §A.1
-    lr: float = 12 * 4.5e-6  # learning rate, §A.1
+    lr: float = 12 * 4.5e-6  # learning rate; §A.1: batch size times 4.5e-6, which you must scale yourself
     beta1: float = 0.9  # of AdamW; this and the next two as in the authors' released model
     beta2: float = 0.95  # of AdamW
     weight_decay: float = 0.01  # of the weights of linear layers

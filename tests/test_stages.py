@@ -188,7 +188,7 @@ def test_a_window_of_the_training_size_is_plain_sampling_and_larger_grids_see_th
 def test_a_prior_comes_back_from_its_state(tmp_path):
     for kind in ("none", "class", "depth"):
         prior = build(kind, "zcurve", (1,))
-        prior.gpt.float()
+        prior.to("cpu").gpt.float()  # with convolutions in the memory format of a loaded one
         torch.save({"kind": "gpt"} | prior.state(), tmp_path / "checkpoint.pt")
         copy = Prior.load(tmp_path / "checkpoint.pt")
         assert not copy.gpt.training
@@ -197,7 +197,7 @@ def test_a_prior_comes_back_from_its_state(tmp_path):
         assert torch.equal(*drawn) and torch.equal(prior.pictures(drawn[0]), copy.pictures(drawn[1]))
 
 
-def test_an_unconditional_file_of_the_authors_is_sampled_in_its_order_from_its_code_0(tmp_path):
+def test_an_unconditional_file_of_the_authors_is_sampled_in_its_order_from_its_code_0(tmp_path, capsys):
     taming_files = pytest.importorskip("test_taming")
     for order in (None, "spiral", "subsample"):
         states, p = taming_files.both_stages(seed=1), torch.arange(16)
@@ -212,7 +212,13 @@ def test_an_unconditional_file_of_the_authors_is_sampled_in_its_order_from_its_c
             with torch.no_grad():
                 tokens = torch.cat([tokens, theirs(tokens)[:, -1].argmax(1, keepdim=True)], 1)
         assert torch.equal(prior.sample(1, None, None, Sampling(top_k=1)), tokens[:, 1:])
+    assert f"{path} is sampled as unconditional" in capsys.readouterr().out
     shuffled = torch.arange(16).flip(0)
     taming_files.write(path, states | {"permuter.forward_shuffle_idx": shuffled})
     with pytest.raises(ValueError, match="writes in an order that is none of row, spiral"):
+        Prior.load(path, torch.device("cpu"))
+    for name in ("transformer.tok_emb.weight", "transformer.head.weight"):
+        states[name] = torch.cat([states[name], states[name][:4]])
+    taming_files.write(path, states)
+    with pytest.raises(ValueError, match="a GPT of 24 tokens for 20 codes; only unconditional models"):
         Prior.load(path, torch.device("cpu"))

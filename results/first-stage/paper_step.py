@@ -1,6 +1,6 @@
 """Time and memory of a training step of the `paper` preset: 256×256, f16, LPIPS, discriminator.
 
-    python results/first-stage/paper_step.py --device cuda --batch-size 12      as in the paper
+    python results/first-stage/paper_step.py --device cuda --batch-size 12      the preset's batch
     … --gradient-checkpointing                                                  with less memory
     OMP_NUM_THREADS=1 python results/first-stage/paper_step.py --batch-size 1   on a CPU, one thread
 

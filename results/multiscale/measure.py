@@ -1,4 +1,4 @@
-"""How close do samples come to a picture of which the first scales, or the first half of the codes, are kept? (§3, Figs. 3, 7)
+"""How close do samples come to a picture of which the first scales, or the first half of the codes, are kept? (§3, Figs. 3, 7: the scales)
 
     python results/multiscale/measure.py CHECKPOINT [CHECKPOINT …]
 
