@@ -191,9 +191,8 @@ def main(argv: list[str] | None = None) -> Path | None:
     optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2), fused=True)
     adversary = open_adversary(config, channels, process)
     uses = torch.zeros(config.codebook_size, device=device)  # (K,) since dead codes were reinitialized
-    first_step = 0
+    first_step = checkpoint["step"] if checkpoint else 0
     if checkpoint:
-        first_step = checkpoint["step"]
         vq.load_state_dict(checkpoint["model"])
         run.load_optimizer(optimizer, checkpoint["optimizer"])
         uses.copy_(checkpoint["uses"])
@@ -277,11 +276,14 @@ def input_channels(config: TrainConfig, training, validation) -> int:
     """Channels of what is coded; of masks, one for each label."""
     if not config.one_hot:
         return 1 if config.target == "depth" else 3
-    segments = config.segments or max(training.segments(), validation.segments())
-    if segments == 1 and not config.segments:
-        raise ValueError(f"the masks in {config.data_dir} hold no label but 0, and 255, which means that a "
-                         "pixel has none: number the labels 0, 1, 2, …")
-    return segments
+    found = validation.segments() if config.segments else max(training.segments(), validation.segments())
+    problem = (f"masks in {config.data_dir} hold no label but 0, and 255, which means that a pixel has none: "
+               "number the labels 0, 1, 2, …")
+    if found == 1 and not config.segments:
+        raise ValueError(f"the {problem}")
+    if found == 1:
+        announce(f"warning: the validation {problem}")
+    return config.segments or found
 
 
 def open_adversary(config: TrainConfig, channels: int, process: run.Process) -> Adversary | None:

@@ -287,7 +287,7 @@ def test_evaluation_leaves_training_mode_and_returns_to_it(tmp_path, monkeypatch
     assert [mode for mode, _ in itertools.groupby(modes)] == [True, False, True, False]
 
 
-def test_labels_of_the_masks_are_counted_over_both_splits_or_named(tmp_path):
+def test_labels_of_the_masks_are_counted_over_both_splits_or_named(tmp_path, capsys):
     def flags(name: str, training: list, validation: list) -> list[str]:
         random = np.random.default_rng(0)
         for split, labels in (("train", training), ("val", validation)):
@@ -306,9 +306,13 @@ def test_labels_of_the_masks_are_counted_over_both_splits_or_named(tmp_path):
         train([*masks, "--steps", "4"], tmp_path / "12", "--resume")
     with pytest.raises(ValueError, match="has the label 11, but labels go from 0 to 8"):
         train(masks, tmp_path / "out", "--segments", "9")
-    with pytest.raises(ValueError, match="hold no label but 0"):
-        train(flags("b", [0], [0, 255]), tmp_path / "none")
+    assert "the validation masks" not in capsys.readouterr().out
+    black_and_white = flags("b", [0, 255], [0, 255])
+    with pytest.raises(ValueError, match="the masks in .* hold no label but 0"):
+        train(black_and_white, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+    train(black_and_white, tmp_path / "named", "--segments", "2")
+    assert "warning: the validation masks in" in capsys.readouterr().out
     line = log_of(train(flags("c", [0, 1], [255]), tmp_path / "void"))[-1]
     assert line["codes_used"] >= 1 and not {"val_cross_entropy", "val_accuracy"} & set(line)  # of no pixel
 
