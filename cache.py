@@ -152,7 +152,8 @@ def encode_pictures(config: Any, stages: Stages, checkpoint: dict | None,
         own = condition.preparation
         if own.size != preparation.size:
             raise ValueError(f"the first stage of images was trained at {preparation.size} pixels, that of "
-                             f"{config.condition} at {own.size}; they must agree")
+                             f"{config.condition} at {own.size}; they must agree: train one with train_vq.py "
+                             "--image-size and another --out, and name it with --vq or --condition-vq")
         preparation = replace(preparation, void_label=own.void_label, segments=own.segments)
     with process.first_alone():  # it may have to download
         datasets = {split: data.open_dataset(config.data, config.data_dir, split, preparation)

@@ -43,8 +43,7 @@ SCENES = {"train": 16_000, "val": 1000}  # pictures in each split; any number co
 RESAMPLING = {"image": Image.Resampling.BICUBIC, "segmentation": Image.Resampling.NEAREST,
               "depth": Image.Resampling.BILINEAR, "pose": Image.Resampling.BILINEAR}
 
-# Seed and epoch of an augmentation; None: center crop, not mirrored.
-Key = tuple[int, ...] | None
+Key = tuple[int, ...] | None  # seed and epoch of an augmentation; None: center crop, not mirrored
 
 # Small scenes are kept for the next epoch, and for a second stage that encodes what the first was trained on.
 draw_once = functools.cache(scenes.draw_scene)
@@ -204,7 +203,7 @@ def prepare(record: Record, preparation: Preparation, random: np.random.Generato
     pictures = {field: open_field(field, record, preparation) for field in fields}
     (width, height), size = pictures[fields[0]].size, preparation.size
     H, W = shape or (size, size)
-    name = record.get("image", record[fields[0]])
+    name = record.get("image") or record[fields[0]]
     if min(width, height) < size and not preparation.upscale:
         raise ValueError(f"{name} has {width}×{height} pixels, too few for an image_size of {size}: remove "
                          "it, or train the first stage with --upscale or a lower --image-size")
@@ -330,14 +329,15 @@ def check_files(dataset, rank: int, world: int, workers: int):
 
 
 def as_input(values: Tensor, field: str, channels: int) -> Tensor:
-    """A field of a batch for a first stage, (B, C, H, W) float32: in [−1, 1], but masks as one-hot.
+    """A field of a batch for a first stage, (B, C, H, W) float32 in [−1, 1]; what is so already stays.
 
-    Pixels without a label are 0 in all channels.
+    Masks become one-hot; pixels without a label are 0 in all channels.
     """
     if field == "segmentation":
         labels = torch.arange(channels, device=values.device)[:, None, None]
         return (values[:, None] == labels).float()  # (B, H, W) → (B, C, H, W)
-    return values[:, None] if field == "depth" else values.float() / 127.5 - 1
+    values = values[:, None] if values.ndim == 3 else values
+    return values if values.is_floating_point() else values / 127.5 - 1
 
 
 def as_pictures(inputs: Tensor, field: str) -> Tensor:

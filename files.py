@@ -28,7 +28,7 @@ Record = dict[str, Path | ndarray | int]
 Listing = tuple[dict[Path, Record], tuple[str, ...]]  # a split's records by name, and the classes' names
 READER_VERSION = 2  # raise it when anything here changes what a file becomes: cached codes are then made anew
 
-FIELDS = ("image", "segmentation", "depth", "pose")
+FIELDS = ("image", "segmentation", "depth", "pose")  # grep for these names, to add one
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",  # case does not matter
             ".heic", ".heif", ".avif")  # which Pillow may not read: named, not left out silently
 SUFFIXES = {"image": PICTURES,

@@ -231,7 +231,8 @@ class GPT(nn.Module):
         each token: the same tokens, slower (results/efficiency). Classifier-free guidance takes the logits
         null + guidance·(conditional − null), where `null_prefix` (B, P) has no condition: one batch of both.
         `captured`: on a GPU the steps with the cache become a CUDA graph, which draws the same tokens.
-        Raises ValueError for an empty prefix, or if P + steps − 1 positions do not fit `block_size`.
+        Threads may share a model in eval mode. Raises ValueError for an empty prefix, or if P + steps − 1
+        positions do not fit `block_size`.
         """
         Sampling(temperature, top_k, top_p, guidance)  # raises for what cannot be sampled with
         batch, P = prefix.shape

@@ -309,7 +309,7 @@ def save_condition(prior: Prior, row: Row, folder: Path, number: int):
         with writing(names, advice), names.open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.write(f"{number:06d} {prior.classes[value]}\n")  # any bytes that a folder's name may hold
         return
-    if prior.condition == "depth":
+    if value.dtype == np.float32:  # depth
         value = np.round((value + 1) * 32767.5).astype(np.uint16)
     picture = Image.fromarray(value.transpose(1, 2, 0) if value.ndim == 3 else value)
     save_picture(picture, folder / f"{number:06d}-condition.png")

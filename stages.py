@@ -3,6 +3,18 @@
     FirstStage    pictures, masks, depth maps or poses ↔ a grid of codes (§2, §4)
     Prior         a GPT, the layout of its tokens, and the first stages that give them a meaning (§3, §4)
 
+From a script:
+
+    from pathlib import Path
+    from outputs import picture_grid, save_picture
+    from stages import Prior
+
+    prior = Prior.load("runs/gpt-demo-scenes-row/checkpoint.pt")
+    pictures = prior.pictures(prior.sample(4))  # (4, 3, H, W) in [−1, 1]
+    codes = prior.image.encode(pictures)  # (4, h, w); of a file: data.read_field(path, "image", preparation)
+    codes[:, 0] = codes[:, -1]
+    save_picture(picture_grid(prior.image.decode(codes), columns=4), Path("edited.png"))
+
 Symbols: B batch, N pictures of a data set, C channels, H×W pixels, h×w code grid, T image tokens.
 """
 import hashlib
@@ -108,7 +120,7 @@ class FirstStage:
         return digest.hexdigest()
 
     def encode(self, values: Tensor) -> Tensor:
-        """The field of a batch as `data.load` gives it, (B, …) → codes (B, h, w) int64; in float32."""
+        """The field of a batch as `data.load` gives it, or pictures (B, C, H, W) in [−1, 1], → (B, h, w)."""
         values = values.to(next(self.vq.parameters()).device)
         return self.vq.encode(data.as_input(values, self.field, self.vq.config.image_channels))
 
@@ -223,9 +235,8 @@ class Prior:
         left = self.layout.prefix_length + sum(self.layout.lengths) - prefixes[0].shape[1]  # T − G
         with run.autocast(device):
             tokens = self.gpt.generate(
-                prefixes[0], left if steps is None else steps, sampling.temperature, sampling.top_k,
-                generator, sampling.top_p, sampled_tokens=self.layout.codebook_size, cached=cached,
-                guidance=sampling.guidance, null_prefix=prefixes[-1], captured=captured)
+                prefixes[0], left if steps is None else steps, generator=generator, null_prefix=prefixes[-1],
+                sampled_tokens=self.layout.codebook_size, cached=cached, captured=captured, **vars(sampling))
         return tokens[:, self.layout.prefix_length:]  # (B, T)
 
     def sample_window(self, count: int, height: int, width: int, condition: Tensor | None = None,

@@ -128,7 +128,7 @@ class TrainConfig:
              "a benchmark only measures training steps")]
 
 
-PRESETS = {
+PRESETS = {  # each name also in train_vq.py, whose first stage it takes, and in sample.py
     "demo": TrainConfig(  # 2 CPU cores: 1m34s to 3m23s, about twice with a map; a first stage 46 s to 2m04s
         preset="demo", data="scenes", data_dir="data", n_layer=4, n_head=4, n_embd=160, gelu="none",
         steps=1900, batch_size=16, lr=3e-3, weight_decay=0.1, clip=1.0, warmup_steps=100, decay=True,
@@ -164,9 +164,8 @@ def main(argv: list[str] | None = None) -> Path | None:
     prior = Prior(gpt, layout, stages, trained_on)
     optimizer = torch.optim.AdamW(gpt.parameter_groups(config.weight_decay), config.lr,
                                   betas=(config.beta1, config.beta2), fused=True)
-    first_step, best = 0, (math.inf, 0)  # the lowest validation loss, and after which step it was
+    first_step, best = (checkpoint["step"], checkpoint["best"]) if checkpoint else (0, (math.inf, 0))
     if checkpoint:
-        first_step, best = checkpoint["step"], checkpoint["best"]
         gpt.load_state_dict(checkpoint["model"])
         run.load_optimizer(optimizer, checkpoint["optimizer"])
         set_random_state(checkpoint["random"])
@@ -223,20 +222,21 @@ def open_stages(config: TrainConfig, checkpoint: dict | None, process: run.Proce
 
     A run that goes on uses the copies in its checkpoint, whatever lies on the disk.
     """
-    if checkpoint:
-        stages = stages_from_state(checkpoint["stages"])
-    else:
-        named = {"image": config.vq, config.condition: config.condition_vq}
-        stages = {field: FirstStage.load(path, field) if path else default_stage(config, field, process)
-                  for field, path in named.items() if field != "none"}
+    stages = stages_from_state(checkpoint["stages"]) if checkpoint else {}
+    for field, path in {"image": config.vq, config.condition: config.condition_vq}.items():
+        if field not in ("none", *stages):
+            stages[field] = (FirstStage.load(path, field) if path else
+                             default_stage(config, field, process, stages.get("image")))
     return {field: stage and stage.to(process.device) for field, stage in stages.items()}
 
 
-def default_stage(config: TrainConfig, field: str, process: run.Process) -> FirstStage | None:
-    """This preset's first stage of a field, trained to its end if it is not there; or of the pixels."""
+def default_stage(config: TrainConfig, field: str, process: run.Process,
+                  image: FirstStage | None = None) -> FirstStage | None:
+    """This preset's first stage of a field, at the size of the image's, trained if missing; or of pixels."""
     if field == "class":
         return None
     own = replace(train_vq.PRESETS[config.preset], data=config.data, target=field)
+    own = replace(own, image_size=image.preparation.size) if image else own
     if config.pixels and field == "image":
         return FirstStage.of_pixels(config, replace(own.preparation, upscale=True), process)
     if config.benchmark:  # only its sizes matter
@@ -246,11 +246,11 @@ def default_stage(config: TrainConfig, field: str, process: run.Process) -> Firs
     process.wait_for_all()  # no process writes it before all have read it
     if not finished:
         announce(f"no finished first stage in {path.parent}: training it first")
-        flags = ["--preset", config.preset, "--data", config.data, "--target", field,
-                 "--device", config.device, "--workers", str(config.workers)]
-        flags += ["--resume"] if path.exists() else []
+        flags = (f"--preset {config.preset} --data {config.data} --target {field} --image-size "
+                 f"{own.image_size} --device {config.device} --workers {config.workers}").split()
+        flags += [] if config.data == "scenes" else ["--data-dir", config.data_dir]
         try:
-            train_vq.main(flags + ([] if config.data == "scenes" else ["--data-dir", config.data_dir]))
+            train_vq.main(flags + ["--resume"] * path.exists())
         except run.UsageError as error:  # of flags that the user has not given
             raise run.UsageError(f"{error} (of the first stage in {path.parent}: train one with train_vq.py, "
                                  "and name it with --vq or --condition-vq)") from None

@@ -3,6 +3,7 @@
 Oracles: `Prior.sample` with the same conditions and random numbers, the drawn scenes, and the order itself.
 """
 import dataclasses
+import dataclasses
 import itertools
 import time
 from pathlib import Path
@@ -86,12 +87,16 @@ def test_drawing_that_takes_long_says_how_much_is_left(draw, monkeypatch, capsys
     assert out[:2] == ["4 of 6 samples · eta 0m04s", "6 of 6 samples · eta 0m00s"]
 
 
-def test_temperature_top_k_and_top_p_reach_the_draws(draw):
-    prior = build()
-    greedy = prior.sample(4, None, None, Sampling(top_k=1))
+def test_every_field_of_sampling_reaches_the_draws(draw):
+    prior = build("class")  # with a null token
+    usual = draw(prior, "--class ball")
+    greedy = prior.sample(4, torch.zeros(4).long(), None, Sampling(top_k=1))
     for flags in ("--top-k 1", "--top-k 0 --temperature 0.001", "--top-p 1e-6"):
-        assert torch.equal(draw(prior, f"--count 4 {flags}"), greedy)
-    assert not torch.equal(draw(prior, "--count 4"), greedy)
+        assert torch.equal(draw(prior, f"--class ball {flags}"), greedy)
+    extreme = {"temperature": 9.0, "top_k": 1, "top_p": 1e-6, "guidance": 9.0}
+    for field in dataclasses.fields(Sampling):
+        changed = draw(prior, f"--class ball --{field.name.replace('_', '-')} {extreme[field.name]}")
+        assert not torch.equal(changed, usual), field.name
 
 
 def test_numbered_samples_follow_the_validation_conditions_with_the_condition_beside_each(draw, capsys):

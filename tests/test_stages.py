@@ -6,13 +6,16 @@ Random networks in float64, so that no draw depends on the order in which a BLAS
 import dataclasses
 import itertools
 import shutil
+import textwrap
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import data
+import stages
 from gpt import GPT
 from helpers import build, first_stage_of, seeded
 from orderings import ORDERINGS, TokenLayout
@@ -195,6 +198,18 @@ def test_a_prior_comes_back_from_its_state(tmp_path):
         assert (copy.layout, copy.classes, copy.condition) == (prior.layout, prior.classes, prior.condition)
         drawn = [one.sample(2, conditions(prior, 2), generator=seeded(0)) for one in (prior, copy)]
         assert torch.equal(*drawn) and torch.equal(prior.pictures(drawn[0]), copy.pictures(drawn[1]))
+
+
+def test_the_documented_script_runs_and_pictures_are_encoded_as_files_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prior = build().to("cpu")
+    prior.gpt.float()
+    torch.save({"kind": "gpt"} | prior.state(), "checkpoint.pt")
+    script = stages.__doc__.split("From a script:")[1].split("Symbols")[0]
+    exec(textwrap.dedent(script).replace("runs/gpt-demo-scenes-row/", ""), known := {})
+    assert Image.open("edited.png").size == (4 * 96 + 3 * 2, 96) and known["codes"].shape == (4, 4, 4)
+    pixels = (known["pictures"] * 127.5 + 127.5).round().clamp(0, 255).byte()
+    assert torch.equal(prior.image.encode(pixels), prior.image.encode(pixels / 127.5 - 1))
 
 
 def test_an_unconditional_file_of_the_authors_is_sampled_in_its_order_from_its_code_0(tmp_path, capsys):

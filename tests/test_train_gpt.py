@@ -352,6 +352,13 @@ def test_the_pixel_baseline_has_the_pixels_colours_for_codes(few_scenes, monkeyp
         assert len(grid.getcolors(10**6)) <= 513  # 512 colours and the gaps
 
 
+def test_a_conditions_first_stage_is_trained_at_the_size_of_the_images(few_scenes):
+    image = train_vq.main(["--image-size", "32", "--out", "larger"])
+    path = train_gpt.main(["--vq", str(image), "--condition", "depth", "--steps", "1", *TINY])
+    sizes = {field: stage["preparation"]["size"] for field, stage in load_checkpoint(path, "gpt")["stages"].items()}
+    assert sizes == {"image": 32, "depth": 32}
+
+
 def test_the_weights_of_the_lowest_validation_loss_are_kept(few_scenes, capsys):
     flags = ["--eval-every", "1", "--checkpoint-every", "99", *TINY]
     path = train_gpt.main(["--steps", "12", "--lr", "0.8", "--warmup-steps", "12", *flags])  # too high

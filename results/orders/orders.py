@@ -12,6 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -22,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 from orderings import ORDERINGS
 from outputs import save_picture
 
-COLOURS = {"row": "#000000", "spiral": "#d62728", "zcurve": "#2ca02c", "subsample": "#1f77b4",
-           "alternate": "#ff7f0e"}
+COLOURS = defaultdict(lambda: "#777777", row="#000000", spiral="#d62728", zcurve="#2ca02c", subsample="#1f77b4",
+                      alternate="#ff7f0e")
 GPT = "--n-layer 4 --n-head 4 --n-embd 160 --dropout 0 --batch-size 16 --lr 3e-3 --warmup-steps 100".split()
 FLAGS = {  # of train_vq.py, of train_gpt.py
     "scenes": (["--preset", "demo"], ["--preset", "demo", "--eval-every", "190"]),
