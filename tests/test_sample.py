@@ -3,7 +3,6 @@
 Oracles: `Prior.sample` with the same conditions and random numbers, the drawn scenes, and the order itself.
 """
 import dataclasses
-import dataclasses
 import itertools
 import time
 from pathlib import Path
