@@ -4,7 +4,8 @@
 
 Linear: the 48 linear layers of GPT2-small's blocks for one row (sampling) and for two (guidance), by `nn.Linear`, as W @ xᵀ, and
 by oneDNN. First stage: the demo's training step of 8 pictures and encoding of 64, and the `paper` preset's of one picture of
-128×128, row-major or with channels last (`run.memory_format`). Medians of alternating rounds.
+128×128, row-major or with channels last (`run.memory_format`); then what decides between the two, the gradient of a
+convolution's weights, 64 channels of pictures of growing size. Medians of alternating rounds.
 """
 import statistics
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
@@ -61,6 +63,11 @@ def main():
                 {name: lambda vq=vq: vq.encode(images) for name, vq in networks.items()}, rounds)
         compare(f"{preset} network, training step of {trained}",
                 {name: training_step(vq, images[:trained]) for name, vq in networks.items()}, rounds)
+    for side in (16, 32, 64, 128, 256):
+        maps = [torch.randn(max(1, 256 // side), 64, side, side) for _ in range(2)]
+        formats = {"row-major": maps, "channels last": [each.to(memory_format=torch.channels_last) for each in maps]}
+        compare(f"weights' gradient, {side // 4} KB a row of pixels",
+                {name: lambda x=x, g=g: conv2d_weight(x, (64, 64, 3, 3), g, padding=1) for name, (x, g) in formats.items()})
 
 
 if __name__ == "__main__":
