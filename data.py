@@ -72,7 +72,7 @@ class Scenes:
             known["pose"] = np.array(pose).transpose(2, 0, 1)  # (S, S, 3) → (3, S, S)
         return {field: known[field] for field in self.fields}
 
-    def segments(self) -> int:
+    def segments(self, most: int | None = None) -> int:
         return len(scenes.SEGMENTS)
 
     def fingerprint(self) -> str:
@@ -159,12 +159,12 @@ class Files:
             raise ValueError(f"{len(self.unreadable)} of {len(self):,} training pictures cannot be read, and "
                              f"at most {self.tolerated} may be skipped: remove or replace those named above")
 
-    def segments(self) -> int:
-        """Labels of the masks: one more than the largest, for which all are read."""
+    def segments(self, most: int | None = None) -> int:
+        """Labels of the masks: one more than the largest, for which all are read, or the first `most`."""
         if self.layout == "ade20k":
             return ADE20K_SEGMENTS
         seen = np.zeros(NO_LABEL + 1, bool)
-        for record in self.records:
+        for record in self.records[:most]:
             with contextlib.suppress(UnreadableError):  # reported in training, refused in validation
                 seen[np.asarray(open_field("segmentation", record, self.preparation))] = True
         labels = np.flatnonzero(seen[:NO_LABEL])
@@ -203,7 +203,7 @@ def prepare(record: Record, preparation: Preparation, random: np.random.Generato
     pictures = {field: open_field(field, record, preparation) for field in fields}
     (width, height), size = pictures[fields[0]].size, preparation.size
     H, W = shape or (size, size)
-    name = record.get("image") or record[fields[0]]
+    name = record["image" if "image" in record else fields[0]]
     if min(width, height) < size and not preparation.upscale:
         raise ValueError(f"{name} has {width}×{height} pixels, too few for an image_size of {size}: remove "
                          "it, or train the first stage with --upscale or a lower --image-size")
@@ -329,14 +329,14 @@ def check_files(dataset, rank: int, world: int, workers: int):
 
 
 def as_input(values: Tensor, field: str, channels: int) -> Tensor:
-    """A field of a batch for a first stage, (B, C, H, W) float32 in [−1, 1]; what is so already stays.
+    """A field of a batch for a first stage, (B, C, H, W) float32 in [−1, 1]; pictures that are so stay.
 
-    Masks become one-hot; pixels without a label are 0 in all channels.
+    Masks (B, H, W) become one-hot; pixels without a label are 0 in all channels.
     """
     if field == "segmentation":
         labels = torch.arange(channels, device=values.device)[:, None, None]
         return (values[:, None] == labels).float()  # (B, H, W) → (B, C, H, W)
-    values = values[:, None] if values.ndim == 3 else values
+    values = values[:, None] if field == "depth" and values.ndim == 3 else values
     return values if values.is_floating_point() else values / 127.5 - 1
 
 

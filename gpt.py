@@ -22,7 +22,7 @@ from kernels.causal_attention import attend_to_cache, causal_attention, kernels_
 @dataclass(frozen=True)
 class GPTConfig:
     """All that is needed to rebuild the network. Raises ValueError for sizes that do not fit together."""
-    vocab_size: int = 2048  # 1,024 codes of an image, 1,024 of a condition: then there are §A.1's 307 M
+    vocab_size: int = 2048  # 1,024 codes of an image and 1,024 of a condition: 307 M parameters, §A.1
     block_size: int = 512  # positions: 256 of a condition and 256 of an image, §4
     n_layer: int = 24  # GPT2-medium, §A.1
     n_head: int = 16
@@ -231,8 +231,8 @@ class GPT(nn.Module):
         each token: the same tokens, slower (results/efficiency). Classifier-free guidance takes the logits
         null + guidance·(conditional − null), where `null_prefix` (B, P) has no condition: one batch of both.
         `captured`: on a GPU the steps with the cache become a CUDA graph, which draws the same tokens.
-        Threads may share a model in eval mode. Raises ValueError for an empty prefix, or if P + steps − 1
-        positions do not fit `block_size`.
+        Threads may share a model in eval mode on a CPU. Raises ValueError for an empty prefix, or if
+        P + steps − 1 positions do not fit `block_size`.
         """
         Sampling(temperature, top_k, top_p, guidance)  # raises for what cannot be sampled with
         batch, P = prefix.shape

@@ -206,7 +206,7 @@ class TokenLayout:
 
     @property
     def block_size(self) -> int:
-        """Positions of a GPT: 512 for the paper's maps. The last is unused behind a condition, as theirs."""
+        """Positions of a GPT: 512 for the paper's maps. Behind a condition the last one is not used."""
         return self.condition_length + sum(self.lengths)
 
     @property

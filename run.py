@@ -122,7 +122,7 @@ def check_training(config: Any):
 
 
 def learning_rate(config: Any, step: int) -> float:
-    """lr of step 1, 2, …: linear warm-up, then constant (their release) or cosine decay to a twentieth."""
+    """lr of step 1, 2, …: linear warm-up, then constant (VQGAN's release) or cosine decay to a twentieth."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if not config.decay:

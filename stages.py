@@ -11,8 +11,8 @@ From a script:
 
     prior = Prior.load("runs/gpt-demo-scenes-row/checkpoint.pt")
     pictures = prior.pictures(prior.sample(4))  # (4, 3, H, W) in [−1, 1]
-    codes = prior.image.encode(pictures)  # (4, h, w); of a file: data.read_field(path, "image", preparation)
-    codes[:, 0] = codes[:, -1]
+    codes = prior.image.encode(pictures)  # (4, h, w) int64
+    codes[:, 0] = codes[:, -1]  # the lowest row at the top, too
     save_picture(picture_grid(prior.image.decode(codes), columns=4), Path("edited.png"))
 
 Symbols: B batch, N pictures of a data set, C channels, H×W pixels, h×w code grid, T image tokens.
@@ -120,7 +120,10 @@ class FirstStage:
         return digest.hexdigest()
 
     def encode(self, values: Tensor) -> Tensor:
-        """The field of a batch as `data.load` gives it, or pictures (B, C, H, W) in [−1, 1], → (B, h, w)."""
+        """The field of a batch as `data.load` or `data.read_field` gives it → codes (B, h, w) int64.
+
+        Pictures may be floats in [−1, 1] as well.
+        """
         values = values.to(next(self.vq.parameters()).device)
         return self.vq.encode(data.as_input(values, self.field, self.vq.config.image_channels))
 
@@ -181,8 +184,8 @@ class Prior:
         if gpt.config.vocab_size != image.codebook_size:
             raise ValueError(f"{path} has a GPT of {gpt.config.vocab_size} tokens for {image.codebook_size} "
                              "codes; only unconditional models, with equal numbers, can be sampled")
-        announce(f"{path} is sampled as unconditional: of a class-conditional model, which cannot be told "
-                 "apart, class 0")
+        announce(f"{path} is sampled as unconditional; if it is class-conditional, which the file does not "
+                 "tell, all samples are of class 0")
         written = taming.writing_order(path)  # (T,)
         side = round(len(written) ** 0.5)
         names = ORDERINGS if side & (side - 1) == 0 else ("row", "spiral", "alternate")  # for any side

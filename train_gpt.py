@@ -52,7 +52,7 @@ class TrainConfig:
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
     workers: int = -1  # of the data loader; -1: one a core, at most 8 (none for data in memory)
     vq: str = ""  # first stage: by train_vq.py, or the authors' (vqgan.ckpt); empty: runs/vq-PRESET-DATA/
-    views: int = 1  # encodings of a training picture: its center; then random crops, as in that stage
+    views: int = 1  # encodings of a training picture: its center, then crops and flips, as that stage's
     codes_dir: str = "runs/codes"  # folder of the code cache, which all runs share
 
     order: str = "row"  # row, spiral, zcurve, subsample or alternate: how a grid is unrolled, §3, Fig. 2
@@ -236,18 +236,18 @@ def default_stage(config: TrainConfig, field: str, process: run.Process,
     if field == "class":
         return None
     own = replace(train_vq.PRESETS[config.preset], data=config.data, target=field)
-    own = replace(own, image_size=image.preparation.size) if image else own
+    size = image.preparation.size if image else own.image_size
     if config.pixels and field == "image":
         return FirstStage.of_pixels(config, replace(own.preparation, upscale=True), process)
     if config.benchmark:  # only its sizes matter
-        return FirstStage(VQ(own.model()), field, own.preparation, {})
+        return FirstStage(VQ(own.model()), field, replace(own.preparation, size=size), {})
     path = own.folder / "checkpoint.pt"
     finished = FirstStage.is_finished(path)
     process.wait_for_all()  # no process writes it before all have read it
     if not finished:
         announce(f"no finished first stage in {path.parent}: training it first")
         flags = (f"--preset {config.preset} --data {config.data} --target {field} --image-size "
-                 f"{own.image_size} --device {config.device} --workers {config.workers}").split()
+                 f"{size} --device {config.device} --workers {config.workers}").split()
         flags += [] if config.data == "scenes" else ["--data-dir", config.data_dir]
         try:
             train_vq.main(flags + ["--resume"] * path.exists())

@@ -73,7 +73,7 @@ class TrainConfig:
     steps: int = 500_000  # training steps; the paper gives none
     batch_size: int = 12  # pictures per step, over all processes; §A.1 has it for the GPT
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass, to save memory
-    lr: float = 12 * 4.5e-6  # learning rate; batch size times 4.5e-6: scale it yourself. Likewise §A.1
+    lr: float = 12 * 4.5e-6  # learning rate; batch size times 4.5e-6 (their release), which you must scale
     beta1: float = 0.5  # of Adam; this and the next as in the authors' released model
     beta2: float = 0.9  # of Adam
     warmup_steps: int = 0  # steps of linear warm-up of lr
@@ -276,13 +276,13 @@ def input_channels(config: TrainConfig, training, validation) -> int:
     """Channels of what is coded; of masks, one for each label."""
     if not config.one_hot:
         return 1 if config.target == "depth" else 3
-    found = validation.segments() if config.segments else max(training.segments(), validation.segments())
+    found = validation.segments(64) if config.segments else max(training.segments(), validation.segments())
     problem = (f"masks in {config.data_dir} hold no label but 0, and 255, which means that a pixel has none: "
                "number the labels 0, 1, 2, …")
     if found == 1 and not config.segments:
         raise ValueError(f"the {problem}")
     if found == 1:
-        announce(f"warning: the validation {problem}")
+        announce(f"warning: the first validation {problem}")
     return config.segments or found
 
 

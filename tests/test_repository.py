@@ -75,6 +75,7 @@ def test_every_flag_is_explained_and_read_and_the_defaults_are_the_paper(script)
     for name in set(fields) - {"preset"}:  # the preset is read where the flags are parsed
         assert re.search(rf"(config|self)\.{name}\b", code), f"--{name} is read nowhere"
     assert list(presets)[:3] == ["demo", "cifar10", "paper"] and presets["paper"] == config()  # yours may follow
+    assert all(list(other.PRESETS) == list(presets) for other in SCRIPTS.values())
     assert all(preset.preset == name for name, preset in presets.items())
 
 

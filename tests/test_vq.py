@@ -276,7 +276,7 @@ def test_decode_of_encode_is_the_reconstruction_of_forward_and_float32_under_aut
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_every_feature_map_has_the_memory_format_of_the_weights(memory_format):
+def test_every_block_returns_the_memory_format_of_the_weights(memory_format):
     """One map in the other format makes convolutions convert it and go on in channels last."""
     vq, formats = thin_vq().to(memory_format=memory_format), []
     for layer in [*vq.encoder, *vq.decoder]:

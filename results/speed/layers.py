@@ -3,8 +3,8 @@
     python results/speed/layers.py
 
 Linear: the 48 linear layers of GPT2-small's blocks for one row (sampling) and for two (guidance), by `nn.Linear`, as W @ xᵀ, and
-by oneDNN. First stage: the demo's training step of 8 pictures and encoding of 64, and the `paper` preset's of one picture of
-128×128, row-major or with channels last (`run.memory_format`); then what decides between the two, the gradient of a
+by oneDNN. First stage: the demo's training step of 8 pictures and encoding of 64, `cifar10`'s of 8, and the `paper` preset's of one
+picture of 128×128, row-major or with channels last (`run.memory_format`); then what decides between the two, the gradient of a
 convolution's weights, 64 channels of pictures of growing size. Medians of alternating rounds.
 """
 import statistics
@@ -56,7 +56,7 @@ def main():
                 "nn.Linear": lambda: [F.linear(x, w, b) for x, (w, b) in each],
                 "W @ xᵀ": lambda: [(w @ x.T).T + b for x, (w, b) in each],
                 "oneDNN": lambda: [torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "") for x, (w, b) in each]})
-    for preset, size, encoded, trained, rounds in (("demo", 32, 64, 8, ROUNDS), ("paper", 128, 1, 1, 3)):
+    for preset, size, encoded, trained, rounds in (("demo", 32, 64, 8, ROUNDS), ("cifar10", 32, 8, 8, 5), ("paper", 128, 1, 1, 3)):
         config, images = train_vq.PRESETS[preset].model(), torch.rand(encoded, 3, size, size) * 2 - 1
         networks = {"row-major": VQ(config), "channels last": VQ(config).to(memory_format=torch.channels_last)}
         compare(f"{preset} network, encoding {encoded} of {size}×{size}",
