@@ -218,10 +218,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 
 
 def open_stages(config: TrainConfig, checkpoint: dict | None, process: run.Process) -> Stages:
-    """The image's first stage and the condition's, None for a class; those that are missing are trained now.
-
-    A run that goes on uses the copies in its checkpoint, whatever lies on the disk.
-    """
+    """First stages of image and condition, None for a class: the checkpoint's own, named, or trained now."""
     stages = stages_from_state(checkpoint["stages"]) if checkpoint else {}
     for field, path in {"image": config.vq, config.condition: config.condition_vq}.items():
         if field not in ("none", *stages):
@@ -237,6 +234,9 @@ def default_stage(config: TrainConfig, field: str, process: run.Process,
         return None
     own = replace(train_vq.PRESETS[config.preset], data=config.data, target=field)
     size = image.preparation.size if image else own.image_size
+    if size != own.image_size and size // own.model().downsampling != image.side:
+        raise ValueError(f"at {size} pixels the preset's first stage of {field} has another number of codes "
+                         "than the image's: train one with train_vq.py, and name it with --condition-vq")
     if config.pixels and field == "image":
         return FirstStage.of_pixels(config, replace(own.preparation, upscale=True), process)
     if config.benchmark:  # only its sizes matter

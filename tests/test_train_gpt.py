@@ -357,6 +357,9 @@ def test_a_conditions_first_stage_is_trained_at_the_size_of_the_images(few_scene
     path = train_gpt.main(["--vq", str(image), "--condition", "depth", "--steps", "1", *TINY])
     sizes = {field: stage["preparation"]["size"] for field, stage in load_checkpoint(path, "gpt")["stages"].items()}
     assert sizes == {"image": 32, "depth": 32}
+    other = train_vq.main(["--image-size", "32", "--channel-multipliers", "1,2,2", "--out", "coarser"])
+    with pytest.raises(ValueError, match="at 32 pixels the preset's first stage of depth has another number"):
+        train_gpt.main(["--vq", str(other), "--condition", "depth", "--out", "new", *TINY])
 
 
 def test_the_weights_of_the_lowest_validation_loss_are_kept(few_scenes, capsys):
