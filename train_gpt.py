@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> Path | None:
                     draw_samples(prior, validation, config, log.picture(step))
                     draw_loss_map(scores["val_by_cell"], config.folder / "loss-map.png")
                 if scores["val"] < best[0]:  # small data sets overfit early
-                    best = scores["val"], step
+                    best = scores["val"], step  # the lowest, and after which step it was
                     save_checkpoint(config, process, step, prior.state(), "best.pt")
             log.line(step, status_text(scores | numbers, layout), numbers)
         if due.save:

@@ -169,7 +169,7 @@ def decoder(config: VQConfig) -> nn.Sequential:
 class Quantizer(nn.Module):
     """Vector quantization with a learned codebook (§2, [8]). Computes in float32, under autocast too.
 
-    codebook.py initializes `codebook` (K, D) by k-means and moves its dead codes: not for one that is fixed.
+    codebook.py sets `codebook` (K, D) by k-means and moves its dead codes: keep a fixed one from both.
     """
 
     def __init__(self, config: VQConfig):
