@@ -42,6 +42,16 @@ def test_convolutions_are_channels_last_on_a_cpu_unless_they_train_on_long_rows(
     assert run.memory_format(cpu, 4 * 33 * 64) == run.memory_format(gpu) == torch.preserve_format
 
 
+def test_on_an_amd_mkl_computes_reproducibly_which_is_faster_there_unless_the_user_has_decided(monkeypatch):
+    own = {"MKL_CBWR": "COMPATIBLE"}
+    for cpu, before, after in (("AMD EPYC", {}, {"MKL_CBWR": "AUTO"}), ("AMD EPYC", own, own), ("Intel Xeon", {}, {})):
+        environment = dict(before)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu})
+        monkeypatch.setattr(os, "environ", environment)
+        run.start(dataclasses.replace(DEMO, device="cpu"))
+        assert environment == after, cpu
+
+
 def test_flags_override_the_preset_and_nothing_else_and_help_explains_them(capsys):
     config, checkpoint = run.configure(train_gpt.PRESETS, ["--order", "zcurve", "--lr", "0.5", "--no-decay"])
     assert config == dataclasses.replace(DEMO, order="zcurve", lr=0.5, decay=False) and checkpoint is None

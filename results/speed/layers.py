@@ -2,10 +2,10 @@
 
     python results/speed/layers.py
 
-Linear: the 48 linear layers of GPT2-small's blocks for one row (sampling) and for two (guidance), by `nn.Linear`, as W @ xᵀ, and
-by oneDNN. First stage: the demo's training step of 8 pictures and encoding of 64, `cifar10`'s of 8, and the `paper` preset's of one
-picture of 128×128, row-major or with channels last (`run.memory_format`); then what decides between the two, the gradient of a
-convolution's weights, 64 channels of pictures of growing size. Medians of alternating rounds.
+Linear: the 48 linear layers of GPT2-small's blocks for one row (sampling), two (guidance) and 16, by `nn.Linear`, with weights
+transposed in memory, as W @ xᵀ, and by oneDNN. First stage: the demo's training step of 8 pictures and encoding of 64, `cifar10`'s
+of 8, and the `paper` preset's of one picture of 128×128, row-major or with channels last (`run.memory_format`); then what decides
+between the two, the gradient of a convolution's weights, 64 channels of pictures of growing size. Medians of alternating rounds.
 """
 import statistics
 import sys
@@ -49,11 +49,13 @@ def main():
     shapes = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
     layers = [(torch.randn(shape), torch.randn(shape[0])) for shape in shapes]
     with torch.no_grad():
-        for rows in (1, 2):
+        for rows in (1, 2, 16):
             inputs = [torch.randn(rows, columns) for _, columns in shapes]
             each = list(zip(inputs, layers))
+            turned = [(x, w.T.contiguous().T, b) for x, (w, b) in each]
             compare(f"linear layers, {rows} row(s)", {
                 "nn.Linear": lambda: [F.linear(x, w, b) for x, (w, b) in each],
+                "transposed": lambda: [F.linear(x, w, b) for x, w, b in turned],
                 "W @ xᵀ": lambda: [(w @ x.T).T + b for x, (w, b) in each],
                 "oneDNN": lambda: [torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "") for x, (w, b) in each]})
     for preset, size, encoded, trained, rounds in (("demo", 32, 64, 8, ROUNDS), ("cifar10", 32, 8, 8, 5), ("paper", 128, 1, 1, 3)):

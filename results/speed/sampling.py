@@ -2,7 +2,8 @@
 
     python results/speed/sampling.py
 
-The floor is a matrix–vector product over as many float32 numbers, 256 times. Medians of alternating rounds.
+The floor is a matrix–vector product over as many float32 numbers, 256 times. Medians of alternating rounds. On an AMD
+MKL is set as by the three scripts (`run.start`); MKL_CBWR= before the command leaves it as it is.
 """
 import statistics
 import sys
@@ -12,6 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
+import run
+import sample
 from gpt import GPT, GPTConfig
 from rounds import alternate
 
@@ -20,6 +23,7 @@ ROUNDS, TOKENS = 3, 256
 
 @torch.no_grad()
 def main():
+    run.start(sample.SampleConfig(device="cpu"))
     gpt = GPT(GPTConfig(1025, 256, 12, 12, 768)).eval()
     read = sum(x.numel() for name, x in gpt.named_parameters() if "embedding" not in name)
     matrix, vector = torch.randn(read // 768, 768), torch.randn(768)
