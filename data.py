@@ -70,7 +70,7 @@ class Scenes:
         if "pose" in self.fields:  # drawn at four times the size, for smooth edges
             pose = scenes.draw_keypoints(4 * scene.keypoints, (4 * self.size,) * 2, scenes.LIMBS).reduce(4)
             known["pose"] = np.array(pose).transpose(2, 0, 1)  # (S, S, 3) → (3, S, S)
-        return {field: known[field] for field in self.fields}
+        return {field: known[field].copy() for field in self.fields}  # scenes are kept: copies
 
     def segments(self, most: int | None = None) -> int:
         return len(scenes.SEGMENTS)
@@ -102,8 +102,8 @@ class Cifar10:
         index, key = item
         image = self.images[index]  # (3, 32, 32)
         if self.flip and key is not None and augmentation_rng(key, index).random() < 0.5:
-            image = np.ascontiguousarray(image[:, :, ::-1])
-        known = {"image": image, "class": np.int64(self.labels[index])}
+            image = image[:, :, ::-1]
+        known = {"image": image.copy(), "class": np.int64(self.labels[index])}
         return {field: known[field] for field in self.fields}
 
     def fingerprint(self) -> str:
@@ -337,7 +337,7 @@ def as_input(values: Tensor, field: str, channels: int) -> Tensor:
         labels = torch.arange(channels, device=values.device)[:, None, None]
         return (values[:, None] == labels).float()  # (B, H, W) → (B, C, H, W)
     values = values[:, None] if field == "depth" and values.ndim == 3 else values
-    return values if values.is_floating_point() else values / 127.5 - 1
+    return values.float() if values.is_floating_point() else values / 127.5 - 1
 
 
 def as_pictures(inputs: Tensor, field: str) -> Tensor:

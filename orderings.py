@@ -177,9 +177,10 @@ class TokenLayout:
         if any(a < 1 or b <= a or self.height % a or self.width % a for a, b in zip(sides, sides[1:])):
             raise ValueError(f"scales are {self.scales}; they must grow, and divide "
                              f"{self.height}×{self.width} (for --multiscale, a power of two)")
-        if (self.condition_size > 0) != (self.condition_length > 0):
-            raise ValueError(f"condition_length is {self.condition_length} and condition_size "
-                             f"{self.condition_size}; both must be 0, or neither")
+        size, length = self.condition_size, self.condition_length
+        if min(size, length) < 0 or (size > 0) != (length > 0):
+            raise ValueError(f"condition_length is {length} and condition_size {size}; both must be 0, or "
+                             "neither")
         if not self.condition_length and not self.null_token:
             raise ValueError("a sequence without a condition needs the null token to start with")
         self.permutation  # an order that cannot unroll one of the grids raises here
@@ -220,23 +221,25 @@ class TokenLayout:
 
         `condition` has B rows of P codes, in any shape, in [0, C); −1 stands for the null token. Without one
         all tokens are the null token, which starts an unconditional sequence. Raises ValueError for another
-        number of codes; their values are not looked at.
+        number of rows or codes, or if the model has no condition; the codes' values are not looked at.
         """
+        P, null = self.prefix_length, self.codebook_size + self.condition_size
         if condition is None:
             if not self.null_token:
                 raise ValueError("this model has no null token: it needs a condition")
-            condition = torch.full((batch, self.prefix_length), -1)
-        condition = condition.reshape(batch, -1)
-        if condition.shape[1] != self.prefix_length:
-            raise ValueError(f"a condition of {condition.shape[1]} codes; this model has "
-                             f"{self.prefix_length}")
-        null = self.codebook_size + self.condition_size
+            return torch.full((batch, P), null)
+        if not self.condition_length:
+            raise ValueError("a condition for a model that has none")
+        if len(condition) != batch or condition.numel() != batch * P:
+            raise ValueError(f"a condition of the shape {tuple(condition.shape)}; this model needs {batch} "
+                             f"rows of {P} codes")
+        condition = condition.reshape(batch, P).long()
         return torch.where(condition < 0, null, condition + self.codebook_size)
 
     def image_tokens(self, grids: list[Tensor]) -> Tensor:
         """Codes in the order in which they are predicted: grids coarse to fine, (B, h, w) each → (B, T)."""
         return torch.cat([unroll(codes, permutation(self.order, *size, codes.device))
-                          for codes, size in zip(grids, self.sizes)], 1)
+                          for codes, size in zip(grids, self.sizes, strict=True)], 1)
 
     def tokens(self, grids: list[Tensor], condition: Tensor | None) -> Tensor:
         """Grids coarse to fine, (B, h, w) each, and a condition as in `prefix` → (B, P + T) int64."""

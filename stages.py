@@ -225,7 +225,8 @@ class Prior:
 
         `condition`: labels (count,) or codes of a map (count, h, w); None: unconditional. `given` (count, G):
         the first tokens, which are kept: part of a picture to be completed, or its coarser scales.
-        Raises ValueError for guidance of a model that was trained without --condition-dropout.
+        Raises ValueError for a condition that is not one of this model's, or guidance of a model that was
+        trained without --condition-dropout.
         """
         device, guided = self.device, sampling.guidance != 1
         if guided and not (self.layout.condition_length and self.layout.null_token):
@@ -233,6 +234,9 @@ class Prior:
                              "train one with --condition and --condition-dropout 0.1")
         conditions = [condition, None] if guided else [condition]
         prefixes = [self.layout.prefix(each, count).to(device) for each in conditions]  # (B, P) each
+        if condition is not None and not 0 <= condition.min() <= condition.max() < self.layout.condition_size:
+            raise ValueError(f"a condition has codes from {condition.min()} to {condition.max()}; this model "
+                             f"knows 0 to {self.layout.condition_size - 1}")
         if given is not None:
             prefixes = [torch.cat([prefix, given.to(device)], 1) for prefix in prefixes]  # (B, P + G)
         left = self.layout.prefix_length + sum(self.layout.lengths) - prefixes[0].shape[1]  # T − G

@@ -37,14 +37,17 @@ ROWS = 65536  # vectors the reference compares at a time: bounds its (rows, K) s
 def nearest_code_reference(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code in plain torch: vectors (N, D), codebook (K, D) → (N,) int64 in [0, K).
 
-    Computes in float32, or in float64 if an input is. Equal scores go to the lowest index.
-    Raises ValueError for other shapes.
+    Computes in float32, or in float64 if an input is. Equal scores go to the lowest index. A code whose
+    squared norm overflows is never nearest. Raises ValueError for other shapes.
     """
     check_shapes(vectors, codebook)
     dtype = torch.promote_types(torch.promote_types(vectors.dtype, codebook.dtype), torch.float32)
     offset = common_offset(codebook.to(dtype))  # (D,)
     centred = codebook.to(dtype) - offset  # (K, D)
     squared_norms = centred.square().sum(1)  # (K,)
+    infinite = ~squared_norms.isfinite()  # NaN would be taken for the least score
+    squared_norms.masked_fill_(infinite, torch.inf)
+    centred.masked_fill_(infinite[:, None], 0)
     nearest = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
     for start in range(0, len(vectors), ROWS):
         rows = vectors[start:start + ROWS].to(dtype) - offset  # (≤ROWS, D)

@@ -72,11 +72,13 @@ def test_scenes_are_the_drawn_scenes_with_channels_first():
         open_dataset("scenes", "nowhere", "val", Preparation(24, ("segmentation",), segments=7))
 
 
-def test_small_scenes_are_drawn_once_for_all_openings():
+def test_small_scenes_are_drawn_once_for_all_openings_and_no_user_can_change_them():
     data.draw_once.cache_clear()
     for fields in (("image",), ("depth", "class")):
         for _ in range(2):
-            Scenes("train", Preparation(20, fields))[7, None]
+            item = Scenes("train", Preparation(20, fields))[7, None]
+            assert item[fields[0]].any()
+            item[fields[0]][:] = 0
     assert data.draw_once.cache_info().misses == 1
     Scenes("train", Preparation(65))[7, None]
     assert data.draw_once.cache_info().misses == 1  # large ones would fill the memory
@@ -146,6 +148,8 @@ def test_cifar10_records_are_a_label_and_three_planes_of_pixels(cifar10, cifar10
             item = dataset[index, None]
             assert item["class"] == record[0] == index % 10 and item["class"].dtype == np.int64
             assert item["image"].shape == (3, 32, 32) and item["image"].tobytes() == record[1:]
+            item["image"][:] = 0
+            assert dataset[index, None]["image"].tobytes() == record[1:]
 
 
 def test_cifar10_trains_on_five_files_in_order_and_flips_half_of_the_training_pictures(cifar10):

@@ -239,6 +239,8 @@ def test_a_sequence_is_the_condition_then_each_grid_in_the_order():
     assert TokenLayout(3, 2, 2).prefix(None, 2).tolist() == [[3], [3]]
     label = TokenLayout(3, 2, 2, condition_size=2, condition_length=1, null_token=False)
     assert label.prefix(torch.tensor([1, 0]), 2).tolist() == [[4], [3]]
+    few = TokenLayout(1024, 2, 2, condition_size=2, condition_length=1).prefix(torch.tensor([1], dtype=torch.uint8), 1)
+    assert few.tolist() == [[1025]] and few.dtype == torch.int64
 
 
 def test_grids_undo_the_sequence_for_codes_and_for_losses():
@@ -275,9 +277,17 @@ def test_layouts_that_cannot_be_are_refused():
             ({"height": -8, "width": -8}, "each number must be at least 1"),
             ({"condition_size": 3}, "both must be 0, or neither"),
             ({"condition_length": 1}, "both must be 0, or neither"),
+            ({"condition_size": -1, "condition_length": -1}, "both must be 0, or neither"),
             ({"null_token": False}, "needs the null token to start with"),
             ({"order": "zcurve", "width": 12}, "needs a square grid")]:
         with pytest.raises(ValueError, match=sentence):
             TokenLayout(**{"codebook_size": 9, "height": 8, "width": 8} | values)
-    with pytest.raises(ValueError, match="a condition of 3 codes; this model has 1"):
-        TokenLayout(9, 8, 8, condition_size=2, condition_length=1).prefix(torch.zeros(2, 3), 2)
+    label, none = TokenLayout(9, 8, 8, condition_size=2, condition_length=1), TokenLayout(9, 8, 8)
+    for condition in (torch.zeros(2, 3), torch.zeros(4), torch.zeros(1, 2)):  # two labels are wanted
+        with pytest.raises(ValueError, match=r"this model needs 2 rows of 1 codes"):
+            label.prefix(condition, 2)
+    with pytest.raises(ValueError, match="a condition for a model that has none"):
+        none.prefix(torch.zeros(2), 2)
+    for scales, sides in (((), (4, 2)), ((1, 2), (1, 2))):  # a grid too many, and one too few
+        with pytest.raises(ValueError, match=r"zip\(\) argument"):
+            TokenLayout(9, 4, 4, scales=scales).image_tokens([torch.zeros(2, side, side) for side in sides])

@@ -150,6 +150,9 @@ def test_a_condition_changes_what_is_drawn_and_guidance_how_much():
     for prior in (build(), build("class", null_token=False)):
         with pytest.raises(ValueError, match="guidance is 2.0, but this model knows no dropped condition"):
             prior.sample(2, conditions(prior, 2), None, Sampling(guidance=2.0))
+    for prior, codes in ((build("class"), [4, 0]), (build("class"), [-1, 0]), (build(), [0, 0])):  # of four classes
+        with pytest.raises(ValueError, match="has codes from (0 to 4|-1 to 0); this model knows 0 to 3|has none"):
+            prior.sample(2, torch.tensor(codes))
     for values in ({"guidance": -1.0}, {"guidance": 101.0}, {"temperature": 1e-45}, {"top_p": 0.0}):
         with pytest.raises(ValueError, match=f"^{next(iter(values))} is"):
             Sampling(**values)
@@ -209,7 +212,8 @@ def test_the_documented_script_runs_and_pictures_are_encoded_as_files_are(tmp_pa
     exec(textwrap.dedent(script).replace("runs/gpt-demo-scenes-row/", ""), known := {})
     assert Image.open("edited.png").size == (4 * 96 + 3 * 2, 96) and known["codes"].shape == (4, 4, 4)
     pixels = (known["pictures"] * 127.5 + 127.5).round().clamp(0, 255).byte()
-    assert torch.equal(prior.image.encode(pixels), prior.image.encode(pixels / 127.5 - 1))
+    for floats in (pixels / 127.5 - 1, pixels / 127.5 - pixels.new_ones(1, dtype=torch.float64)):
+        assert torch.equal(prior.image.encode(pixels), prior.image.encode(floats))
 
 
 def test_an_unconditional_file_of_the_authors_is_sampled_in_its_order_from_its_code_0(tmp_path, capsys):

@@ -138,8 +138,9 @@ def test_a_code_whose_norm_overflows_never_wins_and_disturbs_no_other(place):
         codebook = random(300, 20, seed=1)
         vectors = codebook + 0.01
         codebook[place] = value
-        codes = nearest(vectors, codebook)
-        assert codes[:place].tolist() + codes[place + 1:].tolist() == [k for k in range(300) if k != place]
+        for search in (nearest, nearest_code_reference):
+            codes = search(vectors, codebook)
+            assert codes[:place].tolist() + codes[place + 1:].tolist() == [k for k in range(300) if k != place]
 
 
 def test_not_a_number_gives_an_index_in_range_and_disturbs_no_other_vector(monkeypatch):
