@@ -166,7 +166,7 @@ class Files:
         seen = np.zeros(NO_LABEL + 1, bool)
         for record in self.records[:most]:
             with contextlib.suppress(UnreadableError):  # reported in training, refused in validation
-                seen[np.asarray(open_field("segmentation", record, self.preparation))] = True
+                seen[np.asarray(open_field("segmentation", record, self.preparation, (0, 0)))] = True
         labels = np.flatnonzero(seen[:NO_LABEL])
         if self.train and 0 < 2 * len(labels) <= labels.max(initial=0):
             announce(f"warning: {len(labels)} labels up to {labels[-1]} in the masks of {self.directory}: if "
@@ -200,13 +200,13 @@ def prepare(record: Record, preparation: Preparation, random: np.random.Generato
     At a random place, and with `flip` mirrored half of the time; without `random` in the center. ValueError.
     """
     fields = [field for field in FIELDS if field in preparation.fields] or ["image"]  # the image first
-    pictures = {field: open_field(field, record, preparation) for field in fields}
-    (width, height), size = pictures[fields[0]].size, preparation.size
-    H, W = shape or (size, size)
+    H, W = shape or (preparation.size, preparation.size)
+    pictures = {field: open_field(field, record, preparation, (W, H)) for field in fields}
+    width, height = pictures[fields[0]].size
     name = record["image" if "image" in record else fields[0]]
-    if min(width, height) < size and not preparation.upscale:
-        raise ValueError(f"{name} has {width}×{height} pixels, too few for an image_size of {size}: remove "
-                         "it, or train the first stage with --upscale or a lower --image-size")
+    if min(width, height) < preparation.size and not preparation.upscale:
+        raise ValueError(f"{name} has {width}×{height} pixels, too few for a size of {preparation.size}: "
+                         "remove it, or train the first stage with --upscale or a lower --image-size")
     for field, picture in pictures.items():
         pixel = 1 / min(width, height, *picture.size)  # rounding error of a small picture's sides
         if abs(width / height * picture.height / picture.width - 1) > 0.02 + pixel:
@@ -230,8 +230,8 @@ def read_field(path: Path, field: str, preparation: Preparation,
                shape: tuple[int, int] | None = None) -> Tensor:
     """A user's file as validation would see it, (1, ...) as in a batch; ValueError for what is no such file.
 
-    Of another `shape` than S×S if that is given. Key points (.npy) are pixels of the S×S picture here, for
-    there is no image that they could be of.
+    Of another `shape`, (H, W), than S×S if that is given. Key points (.npy) are pixels of that picture here,
+    for there is no image that they could be of.
     """
     values = prepare({field: path}, replace(preparation, fields=(field,)), None, shape)[field]
     return torch.from_numpy(values)[None]

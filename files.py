@@ -316,11 +316,11 @@ def open_array(path: Path) -> ndarray:
         raise UnreadableError(f"{path} cannot be read as an array ({error}): remove or replace it") from None
 
 
-def open_pose(pose: Path | ndarray, image: Path | None, size: int) -> Image.Image:
+def open_pose(pose: Path | ndarray, image: Path | None, size: tuple[int, int]) -> Image.Image:
     """A picture of a pose; or key points, an array or in a .npy file, which are drawn as large as the image.
 
     They are (J, 2), x and y in pixels of the image, or (J, 3) with 0 in the last column where one is unknown.
-    Without an image they are pixels of the S×S picture; ValueError if they do not fit into it.
+    Without an image they are pixels of a picture of `size` (W, H); ValueError if they do not fit into it.
     """
     if isinstance(pose, Path) and pose.suffix.lower() != ".npy":
         return open_rgb(pose, size=0)
@@ -333,18 +333,18 @@ def open_pose(pose: Path | ndarray, image: Path | None, size: int) -> Image.Imag
         raise ValueError(f"the key points of {image or pose} go up to {largest:.2g}: multiply by its sides")
     if image:
         return draw_keypoints(points, open_image(image).size)
-    if largest > size:
+    if (points[:, :2] > size).any():
         raise ValueError(f"{pose} has key points up to {largest:.0f}; without an image they are pixels "
-                         f"of a picture of {size}×{size}: scale them to that")
+                         f"of a picture of {size[0]}×{size[1]}: scale them to that")
     # Drawn at four times the size, so that the resize smooths the edges.
-    return draw_keypoints(points * np.array([4, 4, 1])[:points.shape[1]], (4 * size, 4 * size))
+    return draw_keypoints(points * np.array([4, 4, 1])[:points.shape[1]], (4 * size[0], 4 * size[1]))
 
 
-def open_field(field: str, record: Record, preparation: Preparation) -> Image.Image:
+def open_field(field: str, record: Record, preparation: Preparation, size: tuple[int, int]) -> Image.Image:
     if field == "image":
         return open_rgb(record["image"], preparation.size)
     if field == "segmentation":
         return open_labels(record["segmentation"], preparation.void_label, preparation.segments)
     if field == "depth":
         return open_depth(record["depth"])
-    return open_pose(record["pose"], record.get("image"), preparation.size)
+    return open_pose(record["pose"], record.get("image"), size)

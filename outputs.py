@@ -279,7 +279,10 @@ class Log:
         if self.process.rank == 0:
             rate, peak = self.units_per_step / seconds, memory(self.process.device)
             speed = f"{seconds * 1e3:.0f} ms/step · {si(rate)} {self.unit}/s · {peak:.1f} GiB"
-            print(f"step {step}/{self.steps} · {text} · {speed} · eta {duration(left)}", flush=True)
+            try:
+                print(f"step {step}/{self.steps} · {text} · {speed} · eta {duration(left)}", flush=True)
+            except OSError:  # Ctrl-C has ended `| tee` first, or a terminal was closed: this run must save
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             numbers = {"step": step} | values | {"ms_per_step": seconds * 1e3, f"{self.unit}_per_s": rate}
             advice = "make room and go on from the last checkpoint with --resume"
             with writing(self.path, advice), self.path.open("a") as file:

@@ -44,7 +44,7 @@ class SampleConfig:
     preset: str = "paper"  # demo, cifar10 or paper: which set of defaults the other flags change
     checkpoint: str = "runs/gpt-paper-folder-row/checkpoint.pt"  # by train_gpt.py, or by the authors' code
     n_head: int = 0  # attention heads in a file of the authors', which does not store them; 0: as released
-    out: str = "samples.png"  # .png, .jpg or .webp: one grid of all samples; else a folder for numbered files
+    out: str = "samples.png"  # a picture's name: all samples in one grid; else a folder for numbered files
     animate: str = ""  # also write this .gif of the first samples being filled code by code
     benchmark: bool = False  # only measure speed; --preset paper without a checkpoint: of random weights
 
@@ -100,7 +100,7 @@ class SampleConfig:
 
     @property
     def one_file(self) -> bool:
-        return Path(self.out).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+        return Image.registered_extensions().get(Path(self.out).suffix.lower()) in Image.SAVE
 
 
 PRESETS = {
@@ -133,8 +133,8 @@ def main(argv: list[str] | None = None):
         return benchmark_sampling(prior, config.batch_size, config.sampling)
     rows, columns, total = plan(prior, config)
     out, shown, pictures, done, began = Path(config.out), [], [], 0, time.perf_counter()
-    if not config.one_file and out.is_dir() and any(out.iterdir()):
-        raise run.UsageError(f"{out} is not empty; name another --out, or empty it")
+    if out.is_dir() and (config.one_file or any(out.iterdir())):
+        raise run.UsageError(f"{out} is a folder, not empty or named like a picture; name another --out")
 
     for batch, images, tokens in draw(prior, rows, columns, config):
         if config.animate and not done:
@@ -197,7 +197,8 @@ def list_conditions(prior: Prior, config: SampleConfig) -> Iterator[Row]:
     """The conditions named on the command line, else those of the validation split, in order."""
     stage = prior.stages[prior.condition]
     if config.class_:
-        names = map(str.strip, config.class_.split(","))
+        whole = [config.class_] if config.class_ in prior.classes else []  # a name may have commas
+        names = whole or map(str.strip, config.class_.split(","))
         values = (torch.tensor([find_class(name, prior.classes)]) for name in names)
     elif config.condition:
         values = (data.read_field(path, stage.field, stage.preparation, config.shape)

@@ -380,6 +380,10 @@ def test_key_points_alone_are_pixels_of_the_square_and_refused_if_they_are_not(t
     assert np.abs([rows.mean() - 9.5, columns.mean() - 19.5]).max() < 0.6 and np.ptp(rows) < 6
     with pytest.raises(ValueError, match="a.npy has key points up to 30; without an image .* of 24×24"):
         read_field(path, "pose", Preparation(24))
+    wide = read_field(path, "pose", Preparation(24), (31, 64))  # of another shape they are that one's pixels
+    assert wide.shape == (1, 3, 31, 64) and wide[0, :, 10, 20].max() > 200 and wide[0, :, :, 32:].max() == 0
+    with pytest.raises(ValueError, match="a.npy has key points up to 30; without an image .* of 64×29"):
+        read_field(path, "pose", Preparation(24), (29, 64))
 
 
 def test_a_file_is_read_as_validation_sees_it(tmp_path):

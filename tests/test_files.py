@@ -581,14 +581,14 @@ def test_key_points_are_discs_of_their_own_hues_joined_by_limbs_and_unknown_ones
 
 def test_points_are_pixels_of_the_whole_image_however_small_it_is_asked_for(tmp_path):
     image = save(tmp_path / "a.jpg", size=(800, 600))
-    drawn = np.asarray(open_pose(np.array([[700, 500]]), image, 32))
+    drawn = np.asarray(open_pose(np.array([[700, 500]]), image, (32, 32)))
     assert drawn.shape == (600, 800, 3) and drawn[500, 700].max() == 255 and drawn[300, 400].max() == 0
     for shape in ((4,), (4, 4), (1, 4, 2)):
         with pytest.raises(ValueError, match=r"a.npy has the shape \(.*\); key points are \(J, 2\)"):
-            open_pose(write(tmp_path / "a.npy", np.zeros(shape)), image, 32)
+            open_pose(write(tmp_path / "a.npy", np.zeros(shape)), image, (32, 32))
     shares = np.array([[0.5, 1.02], [0, 0.1]])
     for points, named in ((write(tmp_path / "a.npy", shares), None), (shares, image)):
         with pytest.raises(ValueError, match=r"a\.(npy|jpg) go up to 1: multiply by its sides"):
-            open_pose(points, named, 32)
-    assert np.asarray(open_pose(np.zeros((2, 3)), image, 32)).max() == 0  # none is known
-    assert open_pose(save(tmp_path / "a.png", (1, 2, 3)), None, 32).getpixel((0, 0)) == (1, 2, 3)  # is drawn
+            open_pose(points, named, (32, 32))
+    assert np.asarray(open_pose(np.zeros((2, 3)), image, (32, 32))).max() == 0  # none is known
+    assert open_pose(save(tmp_path / "a.png", (1, 2, 3)), None, (32, 32)).getpixel((0, 0)) == (1, 2, 3)  # is drawn

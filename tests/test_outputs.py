@@ -4,7 +4,9 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import resource
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -196,6 +198,20 @@ def test_a_line_repeats_its_numbers_and_evaluations_do_not_count_as_steps(tmp_pa
     assert first.endswith("eta 5m09s") and second.endswith("eta 3m26s")  # which evaluations do lengthen
     assert log.finish() == tmp_path / "checkpoint.pt"
     assert capsys.readouterr().out.startswith("done in 3m26s · ")
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output_any_more(tmp_path, monkeypatch):
+    """Ctrl-C ends `| tee` as well, before the run has saved."""
+    reading, writing = os.pipe()
+    with open(writing, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        log = open_log(tmp_path)
+        os.close(reading)
+        for step in (1, 2):
+            log.means()
+            log.line(step, "loss 2.5", {})
+        log.finish()
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2]
 
 
 def test_logged_values_are_means_since_the_last_line_and_a_diverged_one_is_named(tmp_path):

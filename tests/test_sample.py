@@ -74,8 +74,12 @@ def test_one_checkpoint_becomes_a_grid_or_numbered_files(draw):
     assert sorted(path.name for path in Path("files").iterdir()) == [f"{i:06d}.png" for i in range(6)]
     for i, picture in enumerate(to_pixels(shown(prior, tokens))):
         assert np.array_equal(pixels(f"files/{i:06d}.png"), picture)
-    with pytest.raises(run.UsageError, match="files is not empty"):
-        draw(prior, f"{flags} files")
+    draw(prior, f"{flags} e.gif")
+    assert Image.open("e.gif").format == "GIF"
+    Path("folder.png").mkdir()
+    for taken in ("files", "folder.png"):
+        with pytest.raises(run.UsageError, match=f"{taken} is a folder, not empty or named like a picture"):
+            draw(prior, f"{flags} {taken}")
 
 
 def test_drawing_that_takes_long_says_how_much_is_left(draw, monkeypatch, capsys):
@@ -146,6 +150,8 @@ def test_classes_by_name_and_number_are_rows_and_guidance_is_heard(draw):
                     for part in labels.split(3)]
         assert torch.equal(tokens, torch.cat(expected))
     assert np.array_equal(pixels("samples.png"), np.asarray(picture_grid(shown(prior, tokens), 2)))
+    prior.classes[1] = "house,tree"  # a name may have commas
+    assert draw(prior, "--class house,tree --count 2").shape == (2, 16)
     assert sample.find_class("10", ["0", "1", "10", "2"]) == 2
     with pytest.raises(run.UsageError, match="no class '3'"):  # is the fourth meant, or a name?
         sample.find_class("3", ["0", "1", "10", "2"])
