@@ -202,11 +202,11 @@ def prepare(record: Record, preparation: Preparation, random: np.random.Generato
     fields = [field for field in FIELDS if field in preparation.fields] or ["image"]  # the image first
     H, W = shape or (preparation.size, preparation.size)
     pictures = {field: open_field(field, record, preparation, (W, H)) for field in fields}
-    width, height = pictures[fields[0]].size
+    (width, height), size = pictures[fields[0]].size, preparation.size
     name = record["image" if "image" in record else fields[0]]
-    if min(width, height) < preparation.size and not preparation.upscale:
-        raise ValueError(f"{name} has {width}×{height} pixels, too few for a size of {preparation.size}: "
-                         "remove it, or train the first stage with --upscale or a lower --image-size")
+    if min(width, height) < size and not preparation.upscale:
+        raise ValueError(f"{name} has {width}×{height} pixels, too few for an image_size of {size}: remove "
+                         "it, or train the first stage with --upscale or a lower --image-size")
     for field, picture in pictures.items():
         pixel = 1 / min(width, height, *picture.size)  # rounding error of a small picture's sides
         if abs(width / height * picture.height / picture.width - 1) > 0.02 + pixel:

@@ -334,6 +334,8 @@ def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, caps
              "exclude each other, so do size and animate; choose one"),
             ("none.pt", "--complete model.py", 1, "model.py cannot be opened (No such file or directory)"),
             ("none.pt", "--size 16", 2, "size is '16'; it must be like 64x128"),
+            ("none.pt", "--batch-size 0", 2, "batch_size is 0; it must be at least 1"),
+            ("none.pt", "--n-head 4", 2, "--n-head has no effect here: only the authors' files"),
             ("spiral.pt", "--size 16x16", 1, "needs a model of one scale in the order row"),
             ("scales.pt", "--complete photo.png --hide", 2, "--hide needs a model of one scale"),
             ("pixels.pt", "--condition mask.png --size 8x16", 2,
