@@ -225,8 +225,7 @@ def start(config: Any) -> Process:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif torch.cpu.get_capabilities().get("cpu_name", "").startswith("AMD"):
-        # MKL's reproducible mode: without it, 2 to 64 rows take up to twice as long there (results/speed).
-        os.environ.setdefault("MKL_CBWR", "AUTO")
+        os.environ.setdefault("MKL_CBWR", "AUTO")  # else MKL takes twice as long for 2 rows (results/speed)
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None,
@@ -341,7 +340,8 @@ def command_line(main: Callable[[], None]):
     if message and (first or status != 130):
         if not first:
             time.sleep(3)  # rank 0 reports a mistake that all ranks make; torchrun then ends the others
-        print(f"{Path(sys.argv[0]).name}: {printable(message)}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # of `2>&1 | tee`, which Ctrl-C ends first
+            print(f"{Path(sys.argv[0]).name}: {printable(message)}", file=sys.stderr, flush=True)
     if torch.distributed.is_initialized():
         if status == 0:
             torch.distributed.destroy_process_group()  # after an error it could wait for the others

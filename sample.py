@@ -100,7 +100,7 @@ class SampleConfig:
 
     @property
     def one_file(self) -> bool:
-        return Image.registered_extensions().get(Path(self.out).suffix.lower()) in Image.SAVE
+        return Path(self.out).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff")
 
 
 PRESETS = {

@@ -44,9 +44,9 @@ def test_convolutions_are_channels_last_on_a_cpu_unless_they_train_on_long_rows(
 
 def test_on_an_amd_mkl_computes_reproducibly_which_is_faster_there_unless_the_user_has_decided(monkeypatch):
     own = {"MKL_CBWR": "COMPATIBLE"}
-    for cpu, before, after in (("AMD EPYC", {}, {"MKL_CBWR": "AUTO"}), ("AMD EPYC", own, own), ("Intel Xeon", {}, {})):
+    for cpu, before, after in (("AMD EPYC", {}, {"MKL_CBWR": "AUTO"}), ("AMD EPYC", own, own), ("Intel Xeon", {}, {}), ("", {}, {})):
         environment = dict(before)
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu})
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu} if cpu else {})
         monkeypatch.setattr(os, "environ", environment)
         run.start(dataclasses.replace(DEMO, device="cpu"))
         assert environment == after, cpu
