@@ -32,7 +32,7 @@ import cifar10
 import run
 import scenes
 from files import (ADE20K_SEGMENTS, FIELDS, LAYOUTS, NO_LABEL, READER_VERSION, VALIDATION_SHARE, Preparation,
-                   Record, UnreadableError, open_field)
+                   Record, UnreadableError, open_field, open_labels)
 from outputs import announce, printable
 
 OFFERED = {"scenes": (*FIELDS, "class"), "cifar10": ("image", "class"), "folder": (*FIELDS, "class"),
@@ -163,10 +163,10 @@ class Files:
         """Labels of the masks: one more than the largest, for which all are read, or the first `most`."""
         if self.layout == "ade20k":
             return ADE20K_SEGMENTS
-        seen = np.zeros(NO_LABEL + 1, bool)
+        seen, own = np.zeros(NO_LABEL + 1, bool), self.preparation
         for record in self.records[:most]:
             with contextlib.suppress(UnreadableError):  # reported in training, refused in validation
-                seen[np.asarray(open_field("segmentation", record, self.preparation, (0, 0)))] = True
+                seen[np.asarray(open_labels(record["segmentation"], own.void_label, own.segments))] = True
         labels = np.flatnonzero(seen[:NO_LABEL])
         if self.train and 0 < 2 * len(labels) <= labels.max(initial=0):
             announce(f"warning: {len(labels)} labels up to {labels[-1]} in the masks of {self.directory}: if "

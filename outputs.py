@@ -58,9 +58,12 @@ def printable(text: str) -> str:
 
 
 def announce(text: str):
-    """Print a line, from the first process only."""
+    """Print a line, from the first process only, as long as somebody reads it."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except OSError:  # Ctrl-C has ended `| tee` first, or a terminal was closed: a run must still save
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def claim(folder: Path, first_step: int) -> TextIO:
@@ -279,10 +282,7 @@ class Log:
         if self.process.rank == 0:
             rate, peak = self.units_per_step / seconds, memory(self.process.device)
             speed = f"{seconds * 1e3:.0f} ms/step · {si(rate)} {self.unit}/s · {peak:.1f} GiB"
-            try:
-                print(f"step {step}/{self.steps} · {text} · {speed} · eta {duration(left)}", flush=True)
-            except OSError:  # Ctrl-C has ended `| tee` first, or a terminal was closed: this run must save
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            announce(f"step {step}/{self.steps} · {text} · {speed} · eta {duration(left)}")
             numbers = {"step": step} | values | {"ms_per_step": seconds * 1e3, f"{self.unit}_per_s": rate}
             advice = "make room and go on from the last checkpoint with --resume"
             with writing(self.path, advice), self.path.open("a") as file:

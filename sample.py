@@ -32,7 +32,7 @@ from torch import Tensor
 import data
 import run
 from benchmark import benchmark_sampling, untrained_prior
-from files import FIELDS, MASK_FOLDERS, list_files
+from files import FIELDS, MASK_FOLDERS, PICTURES, list_files
 from gpt import Sampling
 from outputs import duration, picture_grid, save_picture, to_pixels, writing
 from stages import Prior
@@ -100,7 +100,7 @@ class SampleConfig:
 
     @property
     def one_file(self) -> bool:
-        return Path(self.out).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff")
+        return Path(self.out).suffix.lower() in PICTURES
 
 
 PRESETS = {

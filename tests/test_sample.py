@@ -74,8 +74,9 @@ def test_one_checkpoint_becomes_a_grid_or_numbered_files(draw):
     assert sorted(path.name for path in Path("files").iterdir()) == [f"{i:06d}.png" for i in range(6)]
     for i, picture in enumerate(to_pixels(shown(prior, tokens))):
         assert np.array_equal(pixels(f"files/{i:06d}.png"), picture)
-    draw(prior, f"{flags} e.gif")
-    assert Image.open("e.gif").format == "GIF"
+    for name, kind in (("e.gif", "GIF"), ("f.TIF", "TIFF")):
+        draw(prior, f"{flags} {name}")
+        assert Image.open(name).format == kind
     Path("folder.png").mkdir()
     for taken in ("files", "folder.png"):
         with pytest.raises(run.UsageError, match=f"{taken} is a folder, not empty or named like a picture"):
