@@ -11,14 +11,12 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 import cifar10
 import scenes
-from files import RESTRICTED, Preparation
-from gpt import GPT, GPTConfig, Sampling
+from files import RESTRICTED
+from gpt import Sampling
 from kernels.causal_attention import OPERATORS
-from orderings import TokenLayout
 from outputs import announce, duration, memory, si
 from run import autocast
-from stages import FirstStage, Prior, Stages
-from vq import VQ, VQConfig
+from stages import Prior, Stages
 
 ATEN = torch.ops.aten
 FORMULAS = flop_registry | {  # attention on a CPU, and our kernels
@@ -108,10 +106,3 @@ def benchmark_sampling(prior: Prior, batch_size: int, sampling: Sampling):
         print(f"{name}: {batch_size} pictures of {T} tokens in {times[name]:.3f} s · {rate:.2f} pictures/s · "
               f"{si(rate * T)} tokens/s · {prior.device}", flush=True)
     print(f"cached it is {times['uncached'] / times['cached']:.1f} times as fast as uncached")
-
-
-def untrained_prior() -> Prior:
-    """Of the paper's sizes, unconditional, with random weights."""
-    layout = TokenLayout(codebook_size=1024, height=16, width=16)
-    image = FirstStage(VQ(VQConfig()), "image", Preparation(256), {})
-    return Prior(GPT(GPTConfig(layout.vocab_size, layout.block_size)), layout, {"image": image}, {})

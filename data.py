@@ -295,10 +295,10 @@ def fixed_order(count: int, batch_size: int, key: Key = None, rank: int = 0,
 def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device,
          workers: int) -> Iterator[dict[str, Tensor]]:
     """The fields of each batch of an order on the device, (B, ...), still of the data set's types."""
-    if workers < 0:  # one per core to read files, none for data in memory or drawn
-        workers = min(8, run.available_cores()) if isinstance(dataset, Files) else 0
+    if workers < 0:  # one per core of this process to read files, none for data in memory or drawn
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(8, cores) if isinstance(dataset, Files) else 0
     if workers:  # before they start, for that may fail midway
-        atexit.unregister(run.kill_workers)
         atexit.register(run.kill_workers)
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=workers,
                               pin_memory=device.type == "cuda", collate_fn=collate,

@@ -3,9 +3,8 @@
 A layout lists a folder as records, one a picture: {"image": file, "segmentation": file, …, "class": label},
 with the fields asked for. What is missing or cannot be told raises FileNotFoundError or ValueError.
 
-    folder               any pictures, or images/x.jpg beside segmentation/x.png, depth/x.png or .npy and
-                         pose/x.png or .npy; in train/ and val/, or one name in 20 is kept for validation;
-                         class subfolders
+    folder               any pictures, or images/x.jpg beside segmentation/x.png, depth/x.png and pose/x.png
+                         (or .npy); in train/ and val/, or one in 20 is for validation; class subfolders
     imagenet             train/<wnid>/*.JPEG, val/<wnid>/*.JPEG; depth maps in depth/train/<wnid>/, depth/val/
     restricted-imagenet  the same folder; nine groups of its 1,000 classes
     ade20k               images/{training,validation}/*.jpg, annotations/{training,validation}/*.png
@@ -26,7 +25,7 @@ from scenes import draw_keypoints
 
 Record = dict[str, Path | ndarray | int]
 Listing = tuple[dict[Path, Record], tuple[str, ...]]  # a split's records by name, and the classes' names
-READER_VERSION = 2  # raise it when anything here changes what a file becomes: cached codes are then made anew
+READER_VERSION = 3  # raise it when anything here changes what a file becomes: cached codes are then made anew
 
 FIELDS = ("image", "segmentation", "depth", "pose")  # grep for these names, to add one
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",  # case does not matter
@@ -263,9 +262,10 @@ def open_image(path: Path, size: int = 0) -> Image.Image:
 def open_rgb(path: Path, size: int) -> Image.Image:
     """Any picture as RGB, transparency laid on white. Grey, palette, CMYK and 16-bit are converted."""
     picture = open_image(path, size)
-    if picture.mode.startswith(("I", "F")):  # 16-bit grey: scale to 8 bits, `convert` would clip
+    if picture.mode.startswith(("I", "F")):  # 16-bit or float grey: scale to 8 bits, `convert` would clip
         grey = np.asarray(picture, np.float32)
         scale = 257 if picture.mode.startswith("I;16") or grey.max() > 255 else 1
+        scale = 1 / 255 if picture.mode == "F" and grey.max() <= 1 else scale
         picture = Image.fromarray((grey / scale).clip(0, 255).round().astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -210,6 +211,14 @@ def save_picture(picture: Image.Image, path: Path, **options):
     with replacing(path, "make room, or name another file") as part:
         kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
         picture.save(part, format=kind, **options)
+
+
+def draw_loss_map(cells: list[list[list[float]]], path: Path):
+    """Validation loss by grid cell, (h, w) nats: a panel for each scale, brighter is higher."""
+    grids = [torch.tensor(grid)[None, None] for grid in cells]  # (1, 1, h, w) each
+    most = max(grid.max() for grid in grids)
+    panels = [F.interpolate(grid / most * 2 - 1, size=grids[-1].shape[2:], mode="nearest") for grid in grids]
+    save_picture(picture_grid(torch.cat(panels), len(panels), side=256), path)
 
 
 class Log:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import inspect
+import itertools
 import math
 import multiprocessing
 import os
@@ -132,10 +133,9 @@ def learning_rate(config: Any, step: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Any, step: int) -> float:
-    lr = learning_rate(config, step)
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
+        group["lr"] = learning_rate(config, step)
+    return learning_rate(config, step)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
@@ -195,24 +195,13 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def memory_format(device: torch.device, trained_row: int = 0) -> torch.memory_format:
-    """Of convolutions: channels last is faster on a CPU (results/speed), slower on an H200 (results/gpu).
-
-    Not in training if a row of pixels, `trained_row` bytes in all channels, is large beside the CPU's first
-    cache: then weights' gradients take several times as long.
-    """
-    return torch.channels_last if device.type == "cpu" and trained_row <= 8192 else torch.preserve_format
-
-
 def start(config: Any) -> Process:
     """Choose the device ("auto": a GPU if any), join torchrun's other processes, seed. Raises UsageError."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = config.device
+    device = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(config.device, config.device)
     if config.batch_size % world:
         raise UsageError(f"batch_size is {config.batch_size}, which cannot be shared evenly by {world} "
                          f"processes; choose a multiple of {world}, or another number of processes")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -241,26 +230,41 @@ class Due(NamedTuple):
     save: bool
 
 
-def steps(config: Any, process: Process, first_step: int) -> Iterator[tuple[int, Due]]:
-    """The steps after `first_step`, counted from 1, and what is due after each.
+def steps(config: Any, process: Process, first_step: int, batches: Iterator) -> Iterator[tuple]:
+    """(step, batch, due) of the steps after `first_step`, counted from 1; what is due comes after the step.
 
-    Ctrl-C and SIGTERM are deferred: one more step is made, which saves, then KeyboardInterrupt is raised.
+    Ctrl-C, SIGTERM and an error in the next batch, like a wrong picture, are deferred: one more step is made,
+    which saves, then KeyboardInterrupt or that error is raised.
     """
     if process.rank > 0:  # else all would drop out the same activations
         torch.manual_seed(hash((config.seed, first_step, process.rank)) % 2**63)
+    path = config.folder / "checkpoint.pt"
     with deferred_signals() as received:
-        for step in range(first_step + 1, config.steps + 1):
-            last, stop = step == config.steps, bool(received)
+        for step, (batch, error) in zip(range(first_step + 1, config.steps + 1), look_ahead(batches)):
+            last, stop = step == config.steps, bool(received or error)
             if process.world > 1:  # all must agree; asking synchronizes a GPU: there every tenth step
                 stop = (step % 10 == 0 or process.device.type == "cpu") and process.any(stop)
             evaluate = last or step % config.eval_every == 0
             save = last or stop or step % config.checkpoint_every == 0
-            yield step, Due(evaluate, evaluate or save or step % config.log_every == 0, save)
+            yield step, batch, Due(evaluate, evaluate or save or step % config.log_every == 0, save)
             if stop and not last:
-                raise KeyboardInterrupt(f"stopped after step {step} of {config.steps}; "
-                                        f"{config.folder / 'checkpoint.pt'} is saved, --resume goes on")
+                done = f"stopped after step {step} of {config.steps}; {path} is saved, --resume goes on"
+                if error:
+                    announce(done)
+                raise error or KeyboardInterrupt(done)
     if process.any(bool(received)):  # in the last steps: train_gpt.py, if it called this, must stop as well
-        raise KeyboardInterrupt(f"stopped after the last step; {config.folder / 'checkpoint.pt'} is saved")
+        raise KeyboardInterrupt(f"stopped after the last step; {path} is saved")
+
+
+def look_ahead(batches: Iterator[Any]) -> Iterator[tuple[Any, Exception | None]]:
+    """Each of endless batches, and the error in the next one; from such an error on always the same pair."""
+    batch = next(batches)
+    try:
+        for following in batches:
+            yield batch, None
+            batch = following
+    except Exception as error:  # whatever it is, the steps until now must be saved
+        yield from itertools.repeat((batch, error))
 
 
 @contextlib.contextmanager
@@ -281,11 +285,6 @@ def deferred_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def available_cores() -> int:
-    """Of this process: a cluster's scheduler or a container may allow fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ignore_signals(worker: int):

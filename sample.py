@@ -31,7 +31,8 @@ from torch import Tensor
 
 import data
 import run
-from benchmark import benchmark_sampling, untrained_prior
+import train_gpt
+from benchmark import benchmark_sampling
 from files import FIELDS, MASK_FOLDERS, PICTURES, list_files
 from gpt import Sampling
 from outputs import duration, picture_grid, save_picture, to_pixels, writing
@@ -46,7 +47,7 @@ class SampleConfig:
     n_head: int = 0  # attention heads in a file of the authors', which does not store them; 0: as released
     out: str = "samples.png"  # a picture's name: all samples in one grid; else a folder for numbered files
     animate: str = ""  # also write this .gif of the first samples being filled code by code
-    benchmark: bool = False  # only measure speed; --preset paper without a checkpoint: of random weights
+    benchmark: bool = False  # only measure speed; before --preset NAME is trained: of random weights
 
     class_: str = ""  # names of classes, or numbers if no name is one, with commas: a row of samples each
     condition: str = ""  # mask, depth map, pose or key points, or a folder of them: a row of samples each
@@ -103,11 +104,8 @@ class SampleConfig:
         return Path(self.out).suffix.lower() in PICTURES
 
 
-PRESETS = {
-    "demo": SampleConfig(preset="demo", checkpoint="runs/gpt-demo-scenes-row/checkpoint.pt"),
-    "cifar10": SampleConfig(preset="cifar10", checkpoint="runs/gpt-cifar10-cifar10-row/checkpoint.pt"),
-    "paper": SampleConfig(),
-}
+PRESETS = {name: SampleConfig(preset=name, checkpoint=str(trained.folder / "checkpoint.pt"))
+           for name, trained in train_gpt.PRESETS.items()}
 
 
 class Row(NamedTuple):
@@ -122,9 +120,10 @@ def main(argv: list[str] | None = None):
     """Sample as the command line says."""
     config, _ = run.configure(PRESETS, argv)
     device = run.start(config).device
-    paper = config.benchmark and config.checkpoint == SampleConfig.checkpoint
-    if paper and not Path(config.checkpoint).exists():
-        prior = untrained_prior().to(device)
+    preset = PRESETS[config.preset].checkpoint
+    if config.benchmark and config.checkpoint == preset and not Path(preset).exists():
+        print(f"{preset} does not exist yet: a model of its size with random weights", flush=True)
+        prior = train_gpt.untrained_prior(config.preset).to(device)
     else:
         prior = Prior.load(config.checkpoint, device, config.n_head)
     if config.n_head and prior.trained_on:

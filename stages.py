@@ -35,7 +35,7 @@ from files import Preparation
 from gpt import GPT, GPTConfig, Sampling
 from orderings import ORDERINGS, TokenLayout
 from outputs import announce, load_checkpoint
-from vq import VQ, Palette, VQConfig
+from vq import VQ, Palette, VQConfig, memory_format
 
 
 class FirstStage:
@@ -94,7 +94,7 @@ class FirstStage:
         return cls(vq, state["target"], Preparation(**state["preparation"]), state["trained_on"])
 
     def to(self, device: torch.device | str) -> "FirstStage":
-        self.vq.to(device, memory_format=run.memory_format(torch.device(device)))
+        self.vq.to(device, memory_format=memory_format(torch.device(device)))
         return self
 
     def was_trained_on(self, name: str, directory: str) -> bool:
@@ -230,8 +230,8 @@ class Prior:
         """
         device, guided = self.device, sampling.guidance != 1
         if guided and not (self.layout.condition_length and self.layout.null_token):
-            raise ValueError(f"guidance is {sampling.guidance}, but this model knows no dropped condition: "
-                             "train one with --condition and --condition-dropout 0.1")
+            raise run.UsageError(f"guidance is {sampling.guidance}, but this model knows no dropped "
+                                 "condition: train one with --condition and --condition-dropout 0.1")
         conditions = [condition, None] if guided else [condition]
         prefixes = [self.layout.prefix(each, count).to(device) for each in conditions]  # (B, P) each
         if condition is not None and not 0 <= condition.min() <= condition.max() < self.layout.condition_size:
@@ -256,8 +256,9 @@ class Prior:
         """
         layout, h, w = self.layout, self.layout.height, self.layout.width
         if layout.order != "row" or layout.scales or height < h or width < w:
-            raise ValueError(f"a grid of {height}×{width} codes needs a model of one scale in the order row, "
-                             f"not {layout.order} with scales {layout.scales}, and at least {h}×{w} codes")
+            raise run.UsageError(f"a grid of {height}×{width} codes needs a model of one scale in the order "
+                                 f"row, not {layout.order} with scales {layout.scales}, and at least {h}×{w} "
+                                 "codes")
         grid = torch.zeros(count, height, width, dtype=torch.int64, device=self.device)
         for y in range(height):
             for x in range(width):

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,7 +29,8 @@ from codebook import entropy
 from files import FIELDS
 from gpt import GPT, GPTConfig, Sampling
 from orderings import ORDERINGS, TokenLayout
-from outputs import Log, announce, picture_grid, save_checkpoint, save_picture, set_random_state
+from outputs import (Log, announce, draw_loss_map, picture_grid, save_checkpoint, save_picture,
+                     set_random_state)
 from stages import FirstStage, Prior, Stages, stages_from_state
 from vq import VQ
 
@@ -128,7 +128,7 @@ class TrainConfig:
              "a benchmark only measures training steps")]
 
 
-PRESETS = {  # each name also in train_vq.py, whose first stage it takes, and in sample.py
+PRESETS = {  # each name also in train_vq.py, whose first stage it takes
     "demo": TrainConfig(  # 2 CPU cores: 1m34s to 3m23s, about twice with a map; a first stage 46 s to 2m04s
         preset="demo", data="scenes", data_dir="data", n_layer=4, n_head=4, n_embd=160, gelu="none",
         steps=1900, batch_size=16, lr=3e-3, weight_decay=0.1, clip=1.0, warmup_steps=100, decay=True,
@@ -190,9 +190,9 @@ def main(argv: list[str] | None = None) -> Path | None:
     log = Log(config, process, first_step, "tokens", config.batch_size * T, lambda step: data.name_batch(
         training["image"].dataset, config.views, config.batch_size, config.seed, step))
     scores = {}
-    for step, due in run.steps(config, process, first_step):
+    for step, batch, due in run.steps(config, process, first_step, order):
         lr = run.set_learning_rate(optimizer, config, step)
-        log.add(train_step([index for index, _ in next(order)]))
+        log.add(train_step([index for index, _ in batch]))
 
         # means() and check() raise if the run has diverged, before it is sampled from or saved.
         if due.log:
@@ -274,6 +274,14 @@ def token_layout(config: TrainConfig, stages: Stages, classes: int) -> TokenLayo
         null_token=config.condition == "none" or config.condition_dropout > 0)
 
 
+def untrained_prior(preset: str) -> Prior:
+    """A preset's networks with random weights, unconditional, for a benchmark of sampling."""
+    config, own = PRESETS[preset], train_vq.PRESETS[preset]
+    stages = {"image": FirstStage(VQ(own.model()), "image", own.preparation, {})}
+    layout = token_layout(config, stages, classes=0)
+    return Prior(GPT(config.model(layout)), layout, stages, {})
+
+
 def describe(config: TrainConfig, prior: Prior, training: dict, validation: dict, device: torch.device):
     """The first lines on screen: sizes, and the baselines that a loss is to be compared with."""
     layout, parameters = prior.layout, sum(weight.numel() for weight in prior.gpt.parameters())
@@ -336,14 +344,6 @@ def draw_samples(prior: Prior, validation: dict[str, np.ndarray], config: TrainC
         maps = prior.stages[prior.condition].decode(first.to(prior.device)).expand(-1, 3, -1, -1)
         pictures, columns = torch.cat([maps[:, None], pictures.unflatten(0, (-1, 4))], 1).flatten(0, 1), 5
     save_picture(picture_grid(pictures, columns), path)
-
-
-def draw_loss_map(cells: list[list[list[float]]], path: Path):
-    """Validation loss by grid cell, (h, w) nats: a panel for each scale, brighter is higher."""
-    grids = [torch.tensor(grid)[None, None] for grid in cells]  # (1, 1, h, w) each
-    most = max(grid.max() for grid in grids)
-    panels = [F.interpolate(grid / most * 2 - 1, size=grids[-1].shape[2:], mode="nearest") for grid in grids]
-    save_picture(picture_grid(torch.cat(panels), len(panels), side=256), path)
 
 
 if __name__ == "__main__":

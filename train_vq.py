@@ -30,7 +30,7 @@ from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, ima
 from outputs import (Log, announce, describe_data, picture_grid, save_checkpoint, save_picture,
                      set_random_state)
 from stages import FirstStage
-from vq import VQ, VQConfig
+from vq import VQ, VQConfig, memory_format
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 
     # One forward pass of the autoencoder serves its own optimizer and the discriminator's.
     vq = VQ(config.model(channels), config.gradient_checkpointing, config.compile)
-    vq.to(device, memory_format=run.memory_format(device, 4 * config.image_size * config.base_channels))
+    vq.to(device, memory_format=memory_format(device, 4 * config.image_size * config.base_channels))
     stage = FirstStage(vq, config.target, preparation, trained_on)
     model = DistributedDataParallel(vq) if world > 1 else vq
     optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2), fused=True)
@@ -238,9 +238,8 @@ def main(argv: list[str] | None = None) -> Path | None:
     log = Log(config, process, first_step, "images", config.batch_size,
               lambda step: data.name_batch(training, 1, config.batch_size, config.seed, step))
     scores = {}
-    for step, due in run.steps(config, process, first_step):
+    for step, images, due in run.steps(config, process, first_step, batches):
         lr = run.set_learning_rate(optimizer, config, step)
-        images = next(batches)  # (B, C, H, W)
         log.add(train_step(images, step, lr))
 
         # means() and check() raise if the run has diverged, before anything is drawn or saved.

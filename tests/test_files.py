@@ -406,12 +406,14 @@ def test_palettes_are_looked_up_and_their_transparent_entry_is_white(tmp_path, n
 
 
 def test_16_and_32_bit_grey_is_scaled_not_clipped(tmp_path):
-    """32 bits hold 16-bit grey if the values do not fit into 8."""
+    """32 bits hold 16-bit grey if the values do not fit into 8; floats go up to 1, 255 or 65,535."""
     for name, dtype, values, expected in (
             ("a.png", np.uint16, [0, 2000, 62_000], [0, 8, 241]),
             ("a.tif", np.uint16, [0, 2000, 62_000], [0, 8, 241]),
             ("b.png", np.uint16, [200] * 3, [1] * 3), ("b.tif", np.int32, [51_400] * 3, [200] * 3),
-            ("c.tif", np.int32, [200] * 3, [200] * 3)):
+            ("c.tif", np.int32, [200] * 3, [200] * 3), ("d.tif", np.float32, [0, 0.25, 1], [0, 64, 255]),
+            ("d.tif", np.float32, [0, 1, 200], [0, 1, 200]), ("c.tif", np.int32, [0, 1, 1], [0, 1, 1]),
+            ("d.tif", np.float32, [0, 514, 51_400], [0, 2, 200])):
         image = np.asarray(open_rgb(write(tmp_path / name, np.array([values], dtype)), 32))
         assert image.tolist() == [[[value] * 3 for value in expected]], name
 
@@ -463,7 +465,7 @@ def test_what_is_read_has_not_changed_since_the_reader_version_was_raised(tmp_pa
     grey = pixels[..., 0]
     arrays = [np.asarray(open_rgb(write(tmp_path / name, array), 6)) for name, array in (
         ("a.png", pixels[..., :3]), ("b.png", 255 * (pixels // 100)), ("c.png", grey),
-        ("d.png", 257 * grey.astype(np.uint16)))]
+        ("d.png", 257 * grey.astype(np.uint16)), ("f.tif", np.float32(grey / 255)))]
     depth = write(tmp_path / "e.npy", np.array([[1, 2], [3, 5]]))
     arrays += [np.asarray(open_labels(tmp_path / "c.png", void_label=3)), np.asarray(open_depth(depth))]
     for folder, array in (("images", pixels[..., :3]), ("segmentation", grey)):
@@ -473,7 +475,7 @@ def test_what_is_read_has_not_changed_since_the_reader_version_was_raised(tmp_pa
         item = opened(tmp_path, "image", "segmentation", split="train", size=6, flip=True)[0, (0, key)]
         arrays += [item["image"], item["segmentation"]]
     digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-    assert (files.READER_VERSION, digest[:16]) == (2, "8948e7643968ea38")
+    assert (files.READER_VERSION, digest[:16]) == (3, "3dce72b742fd5644")
 
 
 # Masks

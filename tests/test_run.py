@@ -1,6 +1,7 @@
 """What the scripts share. Oracles: values worked out by hand, and literal schedules."""
 import dataclasses
 import io
+import itertools
 import math
 import os
 import re
@@ -20,6 +21,7 @@ from helpers import ALONE, run_script, start_two, vq_flags
 from outputs import announce
 
 DEMO = train_gpt.PRESETS["demo"]
+FOREVER = itertools.repeat(None)  # batches
 
 
 def test_the_learning_rate_is_constant_or_warms_up_and_falls_along_a_cosine_to_a_twentieth():
@@ -33,13 +35,6 @@ def test_the_learning_rate_is_constant_or_warms_up_and_falls_along_a_cosine_to_a
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.ones(1)]}], lr=9.0)
     assert run.set_learning_rate(optimizer, config, 2) == 1.0
     assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0]
-
-
-def test_convolutions_are_channels_last_on_a_cpu_unless_they_train_on_long_rows():
-    """cifar10's 32 pixels of 64 channels are the longest, of 4 bytes each (results/speed)."""
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert run.memory_format(cpu) == run.memory_format(cpu, 4 * 32 * 64) == torch.channels_last
-    assert run.memory_format(cpu, 4 * 33 * 64) == run.memory_format(gpu) == torch.preserve_format
 
 
 def test_on_an_amd_mkl_computes_reproducibly_which_is_faster_there_unless_the_user_has_decided(monkeypatch):
@@ -116,16 +111,16 @@ def test_values_and_devices_that_no_run_can_have_are_refused(monkeypatch):
 
 def test_what_is_due_after_each_step():
     config = dataclasses.replace(DEMO, steps=13, log_every=3, eval_every=4, checkpoint_every=5)
-    due = dict(run.steps(config, ALONE, 2))
+    due = {step: due for step, _, due in run.steps(config, ALONE, 2, FOREVER)}
     assert list(due) == list(range(3, 14))
     assert [step for step in due if due[step].evaluate] == [4, 8, 12, 13]
     assert [step for step in due if due[step].save] == [5, 10, 13]
     assert [step for step in due if due[step].log] == [3, 4, 5, 6, 8, 9, 10, 12, 13]
-    assert list(run.steps(config, ALONE, 13)) == []
+    assert list(run.steps(config, ALONE, 13, iter([]))) == []  # nothing is loaded
     draws = set()
     for rank in (0, 1, 2):  # or all processes would drop out the same activations
         torch.manual_seed(0)
-        steps = run.steps(config, run.Process(torch.device("cpu"), rank, 1), 2)
+        steps = run.steps(config, run.Process(torch.device("cpu"), rank, 1), 2, FOREVER)
         next(steps)
         draws.add(torch.rand(()).item())
         steps.close()
@@ -149,13 +144,13 @@ def test_a_signal_is_noted_and_the_next_step_saves_and_ends_the_run(tmp_path, ha
                                     (8, [9], "stopped after the last"), (9, [9], "stopped after the last")]:
             seen = []
             with pytest.raises(KeyboardInterrupt, match=sentence):
-                for step, due in run.steps(config, ALONE, 0):
+                for step, _, due in run.steps(config, ALONE, 0, FOREVER):
                     seen += [step] if due.save else []
                     if step == at:
                         os.kill(os.getpid(), number)
             assert seen == saved and signal.getsignal(number) == signal.default_int_handler
     with pytest.raises(KeyboardInterrupt):  # a second one stops at once
-        for step, _ in run.steps(config, ALONE, 0):
+        for _ in run.steps(config, ALONE, 0, FOREVER):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
             pytest.fail("the second signal was noted only")
@@ -174,9 +169,33 @@ def test_processes_stop_at_the_same_step_and_on_gpus_ask_each_other_only_at_ever
     for process, last in ((One(torch.device("cpu"), 0, 2), 14), (OnGPU(torch.device("cuda"), 0, 2), 20)):
         seen, step = [], 0
         with pytest.raises(KeyboardInterrupt, match=f"stopped after step {last} of 30"):
-            for step, due in run.steps(config, process, 0):
+            for step, _, due in run.steps(config, process, 0, FOREVER):
                 seen += [step] if due.save else []
         assert seen == [last]
+
+
+def test_an_error_in_the_next_batch_waits_for_a_step_that_saves(tmp_path, capsys):
+    class OnGPUs(run.Process):
+        def any(self, flag):  # neither is there another process
+            return flag
+
+    def batches(count: int):
+        yield from range(1, count + 1)
+        raise OSError("a.png has vanished")
+
+    config = dataclasses.replace(DEMO, steps=30, out=str(tmp_path), log_every=99, checkpoint_every=99)
+    for process, last in ((ALONE, 4), (OnGPUs(torch.device("cuda"), 0, 2), 10)):  # all stop at a tenth step
+        seen = []
+        with pytest.raises(OSError, match="a.png has vanished"):
+            for step, batch, due in run.steps(config, process, 0, batches(4)):
+                assert batch == min(step, 4)
+                seen += [step] if due.save else []
+        assert seen == [last]
+        shown = f"stopped after step {last} of 30; {tmp_path / 'checkpoint.pt'} is saved, --resume goes on\n"
+        assert capsys.readouterr().out == shown
+    with pytest.raises(OSError, match="a.png has vanished"):
+        next(run.steps(config, ALONE, 0, batches(0)))
+    assert len(list(run.steps(config, ALONE, 0, batches(30)))) == 30  # nobody needs the one after the last
 
 
 def test_a_signal_that_is_ignored_stays_ignored(handled):

@@ -16,6 +16,8 @@ import data
 import run
 import sample
 import scenes
+import train_gpt
+import train_vq
 from gpt import GPT
 from helpers import build, seeded, shell
 from orderings import ORDERINGS
@@ -309,9 +311,16 @@ def test_the_benchmark_prints_the_speed_with_and_without_the_cache(draw, monkeyp
         for name in ("cached", "uncached"):
             assert f"{name}: 2 pictures of 16 tokens in " in out
         assert out.count(" pictures/s · ") == out.count(" tokens/s · ") == 2
-    monkeypatch.setattr(sample, "untrained_prior", build)
-    sample.main("--preset paper --benchmark --batch-size 2 --device cpu".split())  # nothing is trained yet
-    assert "cached: 2 pictures of 16 tokens in " in capsys.readouterr().out
+
+
+def test_a_preset_that_is_not_trained_yet_can_be_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sample.main("--benchmark --batch-size 1 --device cpu".split())
+    assert "does not exist yet" in (shown := capsys.readouterr().out) and "1 pictures of 64 tokens" in shown
+    prior = train_gpt.untrained_prior("cifar10")
+    assert (prior.layout.sizes, prior.layout.vocab_size, prior.gpt.config.n_layer) == ([(16, 16)], 1025, 12)
+    assert prior.image.vq.config == train_vq.PRESETS["cifar10"].model()
+    assert sample.PRESETS["paper"] == sample.SampleConfig()
 
 
 def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, capsys):
@@ -337,7 +346,7 @@ def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, caps
             ("none.pt", "--size 16", 2, "size is '16'; it must be like 64x128"),
             ("none.pt", "--batch-size 0", 2, "batch_size is 0; it must be at least 1"),
             ("none.pt", "--n-head 4", 2, "--n-head has no effect here: only the authors' files"),
-            ("spiral.pt", "--size 16x16", 1, "needs a model of one scale in the order row"),
+            ("spiral.pt", "--size 16x16", 2, "needs a model of one scale in the order row"),
             ("scales.pt", "--complete photo.png --hide", 2, "--hide needs a model of one scale"),
             ("pixels.pt", "--condition mask.png --size 8x16", 2,
              "this model's have 4×4, its pictures 8×8"),
@@ -352,7 +361,7 @@ def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, caps
             ("class.pt", "--class huose", 2, "among the 4 of this model; did you mean house"),
             ("class.pt", "--class 4", 2, "no class '4' among the 4 of this model; did you mean ball"),
             ("class.pt", "--complete photo.png", 2, "this model needs a condition (class); name one"),
-            ("class.pt", "--class 0 --guidance 2", 1, "guidance is 2.0, but this model knows no dropped"),
+            ("class.pt", "--class 0 --guidance 2", 2, "guidance is 2.0, but this model knows no dropped"),
             ("mask.pt", "--condition label8.png", 1, "label8.png has the label 8, but labels go from 0 to 7"),
             ("mask.pt", "--condition photo.png", 1, "photo.png is a picture in colours")]:
         code, _, errors = shell("sample.py", ["--checkpoint", checkpoint, "--device", "cpu", *flags.split()],

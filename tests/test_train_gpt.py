@@ -45,10 +45,10 @@ def train_until_step_10(flags: list[str], number: signal.Signals):
     steps = run.steps
 
     def steps_with_signal(*arguments):
-        for step, due in steps(*arguments):
+        for step, *rest in steps(*arguments):
             if step == 10:
                 os.killpg(0, number)
-            yield step, due
+            yield step, *rest
 
     run.steps = steps_with_signal
     run_script("train_gpt.py", flags)

@@ -35,7 +35,7 @@ import train_vq
 from codebook import as_vectors, initialize_codebook
 from outputs import to_pixels
 from stages import FirstStage
-from vq import VQ, Quantizer, VQConfig
+from vq import VQ, Quantizer, VQConfig, memory_format
 
 LARGE = ["--image-size", "32", "--upscale"]  # enough for AlexNet and a discriminator of one layer
 ADVERSARIAL = ("--discriminator-weight 0.6 --discriminator-layers 1 --discriminator-start 0.5 "
@@ -117,7 +117,7 @@ def test_the_loop_is_its_losses_written_out(plain, full, tmp_path, monkeypatch):
         config, batches = open_split(found, "train", order)
         perceptual = open_perceptual_loss(config)
         torch.manual_seed(0)
-        vq = VQ(config.model(batches[0].shape[1])).to(memory_format=run.memory_format(torch.device("cpu")))
+        vq = VQ(config.model(batches[0].shape[1])).to(memory_format=memory_format(torch.device("cpu")))
         adversary = train_vq.open_adversary(config, 3, ALONE)
         D = adversary and adversary.discriminator
         optimizers = [torch.optim.Adam(network.parameters(), betas=(0.3, 0.7), fused=True)
@@ -239,9 +239,9 @@ def test_a_step_between_two_log_lines_never_waits_for_the_gpu(full, tmp_path, mo
             return function(*arguments, **options or {})
 
     def steps(*arguments):
-        for step, due in run_steps(*arguments):
+        for step, images, due in run_steps(*arguments):
             watching[:] = [step] if step > 1 and not any(due) else []
-            yield step, due
+            yield step, images, due
 
     monkeypatch.setattr(run, "steps", steps)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda values: [value.item() for value in values.flatten()])
@@ -334,7 +334,7 @@ def test_a_run_goes_on_with_weights_in_another_memory_format(plain, tmp_path, mo
     """As on a CPU after a GPU: the moments are moved, too, for fused Adam reads both as plain memory."""
     whole, rows = train(plain, tmp_path / "whole", "--lr", "0.01"), []
     with monkeypatch.context() as other:
-        other.setattr(run, "memory_format", lambda _, row=0: rows.append(row) or torch.preserve_format)
+        other.setattr(train_vq, "memory_format", lambda _, row=0: rows.append(row) or torch.preserve_format)
         train(plain, tmp_path / "half", "--lr", "0.01", "--steps", "6")
     config = read(whole)["config"]
     assert 4 * config["image_size"] * config["base_channels"] in rows
@@ -468,6 +468,21 @@ def test_an_unreadable_picture_is_skipped_in_training_and_in_validation_found_be
             assert out.count("skipped in training, 1 of 16 so far: ") == 1 and str(path) in out
     assert status == 1 and re.fullmatch(rf"train_vq.py: {path} cannot be read as a picture .*\n", errors)
     assert "first stage" not in out and len(log_of(tmp_path / "run" / "checkpoint.pt")) == 8
+
+
+def test_a_wrong_picture_ends_a_run_that_has_saved_all_steps_until_then(pictures, tmp_path, monkeypatch, capsys):
+    folder, flags = tmp_path / "pictures", ["--checkpoint-every", "99", "--no-upscale"]
+    shutil.copytree(pictures, folder)
+    index = next(itertools.islice(data.training_order(16, 4, seed=0), 2, None))[0][0]  # of the third batch
+    path = sorted((folder / "train").iterdir())[index]
+    good = path.read_bytes()
+    Image.new("RGB", (9, 9)).save(path)
+    flags += vq_flags(folder, tmp_path / "run")
+    status, out, errors = shell("train_vq.py", flags, monkeypatch, capsys)
+    assert status == 1 and re.fullmatch(rf"train_vq.py: {path} has 9×9 pixels, too few .*\n", errors)
+    assert "stopped after step 2 of " in out and read(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+    path.write_bytes(good)
+    assert shell("train_vq.py", [*flags, "--resume"], monkeypatch, capsys)[0] == 0
 
 
 def test_mistakes_end_in_a_sentence_and_leave_nothing(plain, lpips, tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ from codebook import (as_vectors, codebook_use, entropy, initialize_codebook, km
                       restart_dead_codes)
 from helpers import ALONE
 from vq import (VQ, AttentionBlock, Downsample, Palette, Quantizer, ResidualBlock, Upsample, VQConfig,
-                norm_groups)
+                memory_format, norm_groups)
 
 THIN = VQConfig(3, 8, "1,2", 1, codebook_size=12, code_width=6)
 
@@ -273,6 +273,13 @@ def test_decode_of_encode_is_the_reconstruction_of_forward_and_float32_under_aut
     assert not decoded.requires_grad
     with torch.autocast("cpu", torch.bfloat16):
         assert vq.decode(codes).dtype == torch.float32
+
+
+def test_convolutions_are_channels_last_on_a_cpu_unless_they_train_on_long_rows():
+    """cifar10's 32 pixels of 64 channels are the longest, of 4 bytes each (results/speed)."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert memory_format(cpu) == memory_format(cpu, 4 * 32 * 64) == torch.channels_last
+    assert memory_format(cpu, 4 * 33 * 64) == memory_format(gpu) == torch.preserve_format
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

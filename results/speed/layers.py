@@ -4,7 +4,7 @@
 
 Linear: the 48 linear layers of GPT2-small's blocks for one row (sampling), two (guidance) and 16, by `nn.Linear`, with weights
 transposed in memory, as W @ xᵀ, and by oneDNN. First stage: the demo's training step of 8 pictures and encoding of 64, `cifar10`'s
-of 8, and the `paper` preset's of one picture of 128×128, row-major or with channels last (`run.memory_format`); then what decides
+of 8, and the `paper` preset's of one picture of 128×128, row-major or with channels last (`vq.memory_format`); then what decides
 between the two, the gradient of a convolution's weights, 64 channels of pictures of growing size. Medians of alternating rounds.
 """
 import statistics
