@@ -55,7 +55,7 @@ def cached_codes(config: Any, split: str, dataset, stages: Stages, process: run.
         paths = {field: directory / f"codes-{name.hexdigest()[:16]}.npy" for field, name in names.items()}
         # Rank 0 decides what is missing, and names the unfinished files that all ranks write.
         missing = [field for field, path in paths.items() if not path.is_file()]
-        identity, missing = process.agree([os.urandom(4).hex(), missing])
+        identity, missing = process.share((os.urandom(4).hex(), missing))[0]
         if missing:
             announce(f"encoding {N:,} pictures ({' and '.join(missing)}) into {directory}"
                      + (f", view {view} of {len(keys)}" if len(keys) > 1 else ""))

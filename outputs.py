@@ -5,6 +5,7 @@ gpt), the config, the step, the random states and where it comes from. Reading o
 """
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -36,6 +37,8 @@ def writing(path: Path, advice: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = advice.replace("make room", "make it writable")
         raise OSError(f"{path} could not be written ({reason}): {advice}") from None
 
 

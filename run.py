@@ -182,10 +182,11 @@ class Process(NamedTuple):
         torch.distributed.all_gather(parts, values.contiguous())
         return torch.stack(parts, 1).flatten(0, 1)
 
-    def agree(self, values: list) -> list:
-        """The first process's list, on all."""
+    def share(self, value: Any) -> list:
+        """The values of all processes, on all."""
+        values = [value] * self.world
         if self.world > 1:
-            torch.distributed.broadcast_object_list(values, device=self.device)
+            torch.distributed.all_gather_object(values, value)
         return values
 
 
@@ -248,6 +249,7 @@ def steps(config: Any, process: Process, first_step: int, batches: Iterator) -> 
             save = last or stop or step % config.checkpoint_every == 0
             yield step, batch, Due(evaluate, evaluate or save or step % config.log_every == 0, save)
             if stop and not last:
+                error = next(filter(None, process.share(error)), None)  # the first tells another's, too
                 done = f"stopped after step {step} of {config.steps}; {path} is saved, --resume goes on"
                 if error:
                     announce(done)
@@ -337,8 +339,7 @@ def command_line(main: Callable[[], None]):
     except (KeyboardInterrupt, ValueError, OSError, RuntimeError, MemoryError) as error:
         status, message = explain(error)
     if message and (first or status != 130):
-        if not first:
-            time.sleep(3)  # rank 0 reports a mistake that all ranks make; torchrun then ends the others
+        time.sleep(0 if first else 3)  # of a mistake that all ranks make, one tells; torchrun ends the others
         with contextlib.suppress(OSError):  # of `2>&1 | tee`, which Ctrl-C ends first
             print(f"{Path(sys.argv[0]).name}: {printable(message)}", file=sys.stderr, flush=True)
     if torch.distributed.is_initialized():

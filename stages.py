@@ -76,7 +76,7 @@ class FirstStage:
             order = data.training_order(len(dataset), 1024, config.seed)
             images = next(data.load(dataset, order, process.device, 0))["image"]  # (1024, 3, S, S)
             colours = Palette.fit(as_vectors(data.as_input(images, "image", 3)), 512).colours
-        return cls(Palette(process.agree([colours.cpu()])[0]), "image", preparation, {})
+        return cls(Palette(process.share(colours.cpu())[0]), "image", preparation, {})
 
     @staticmethod
     def is_finished(path: Path) -> bool:

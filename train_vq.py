@@ -297,7 +297,7 @@ def open_adversary(config: TrainConfig, channels: int, process: run.Process) -> 
 
 
 def status_text(numbers: dict[str, float], codebook_size: int) -> str:
-    """The status line's account of the losses that this run has by now, and of the last evaluation."""
+    """The status line's account of the losses, of this run or of your own, and of the last evaluation."""
     texts = {
         "l1": "train L1 {:.4f}", "cross_entropy": "train {:.4f} nats/pixel", "perceptual": " + LPIPS {:.4f}",
         "vq": " + vq {:.4f}", "lambda": " · λ {:.3g}", "discriminator": " · discriminator {:.3f}",
@@ -305,7 +305,8 @@ def status_text(numbers: dict[str, float], codebook_size: int) -> str:
         "val_cross_entropy": " · val {:.4f} nats/pixel", "val_accuracy": ", {:.2%} of labels right",
         "val_lpips": " LPIPS {:.4f}", "codes_used": f" · {{}} of {codebook_size} codes in use",
         "perplexity": ", perplexity {:.0f}", "lr": " · lr {:.1e}"}
-    return "".join(text.format(numbers[name]) for name, text in texts.items() if name in numbers)
+    names = [name for name in dict.fromkeys((*texts, *numbers)) if name in numbers]
+    return "".join(texts.get(name, f" · {name} {{:.4g}}").format(numbers[name]) for name in names)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """A run's folder and its outputs. Oracles: the file before a failure, bit for bit; literal sentences."""
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ from PIL import Image
 import train_gpt
 from helpers import ALONE
 from outputs import (Log, claim, describe_data, duration, load_checkpoint, save_checkpoint, save_picture,
-                     set_random_state, si, to_pixels)
+                     set_random_state, si, to_pixels, writing)
 
 DEMO = train_gpt.PRESETS["demo"]
 
@@ -119,6 +120,14 @@ def test_a_file_in_the_place_of_a_folder_ends_in_a_sentence(tmp_path):
     (tmp_path / "a").touch()
     with pytest.raises(OSError, match="a/b.png could not be written .*: make room"):
         save_picture(Image.new("RGB", (1, 1)), tmp_path / "a" / "b.png")
+
+
+def test_a_folder_that_may_not_be_written_needs_no_room():
+    for number, advice in ((errno.EACCES, "make it writable"), (errno.EROFS, "make it writable"),
+                           (errno.ENOSPC, "make room"), (errno.EIO, "make room")):
+        with pytest.raises(OSError, match=rf"run could not be written \(why\): {advice}, or name another"):
+            with writing(Path("run"), "make room, or name another --out"):
+                raise OSError(number, "why")
 
 
 def test_a_claimed_folder_keeps_the_log_up_to_its_checkpoint(tmp_path):

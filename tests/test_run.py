@@ -161,6 +161,9 @@ def test_processes_stop_at_the_same_step_and_on_gpus_ask_each_other_only_at_ever
         def total(self, values):
             return values + (step > 12)  # the other one got a signal in step 12
 
+        def share(self, value):
+            return [value] * 2
+
     class OnGPU(One):
         def any(self, flag):  # without its tensor on a GPU
             return bool(self.total(flag))
@@ -176,8 +179,11 @@ def test_processes_stop_at_the_same_step_and_on_gpus_ask_each_other_only_at_ever
 
 def test_an_error_in_the_next_batch_waits_for_a_step_that_saves(tmp_path, capsys):
     class OnGPUs(run.Process):
-        def any(self, flag):  # neither is there another process
+        def any(self, flag):  # there are no others
             return flag
+
+        def share(self, value):
+            return [None, value]
 
     def batches(count: int):
         yield from range(1, count + 1)

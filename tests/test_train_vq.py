@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (ALONE, ROOT, VQ_FLAGS, assert_bit_equal, log_of, shell, start_two, tensors, vq_flags,
-                     without_log_of_torch)
+from helpers import (ALONE, ROOT, VQ_FLAGS, assert_bit_equal, log_of, run_script, shell, start_two, tensors,
+                     vq_flags, without_log_of_torch)
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -436,6 +436,11 @@ def test_a_collapsed_codebook_warns_and_says_what_helps(trained, capsys):
         assert ("warning: 1 of 32 codes in use; what helps: " in capsys.readouterr().out) == (used == 1)
 
 
+def test_a_loss_of_your_own_is_in_the_status_line():
+    numbers = {"edges": 0.25, "l1": 0.5, "lr": 1e-3}
+    assert train_vq.status_text(numbers, 256) == "train L1 0.5000 · lr 1.0e-03 · edges 0.25"
+
+
 def test_a_diverged_run_spares_the_checkpoint_and_names_the_step_and_its_pictures(
         pictures, full, tmp_path, monkeypatch, capsys):
     before = train(full, tmp_path, "--log-every", "50", "--steps", "2").read_bytes()
@@ -470,17 +475,25 @@ def test_an_unreadable_picture_is_skipped_in_training_and_in_validation_found_be
     assert "first stage" not in out and len(log_of(tmp_path / "run" / "checkpoint.pt")) == 8
 
 
-def test_a_wrong_picture_ends_a_run_that_has_saved_all_steps_until_then(pictures, tmp_path, monkeypatch, capsys):
-    folder, flags = tmp_path / "pictures", ["--checkpoint-every", "99", "--no-upscale"]
+def test_a_wrong_picture_of_one_process_ends_all_after_a_step_that_saves(pictures, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder)
-    index = next(itertools.islice(data.training_order(16, 4, seed=0), 2, None))[0][0]  # of the third batch
-    path = sorted((folder / "train").iterdir())[index]
+    third = next(itertools.islice(data.training_order(16, 4, seed=0), 2, None))
+    path = sorted((folder / "train").iterdir())[third[1][0]]  # the second process has every second one
     good = path.read_bytes()
     Image.new("RGB", (9, 9)).save(path)
-    flags += vq_flags(folder, tmp_path / "run")
-    status, out, errors = shell("train_vq.py", flags, monkeypatch, capsys)
-    assert status == 1 and re.fullmatch(rf"train_vq.py: {path} has 9×9 pixels, too few .*\n", errors)
-    assert "stopped after step 2 of " in out and read(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+    flags = [*vq_flags(folder, tmp_path / "run"), "--steps", "6", "--checkpoint-every", "99", "--no-upscale"]
+    processes = start_two(run_script, "train_vq.py", flags, folder=tmp_path)
+    try:
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 1
+    finally:
+        for process in processes:
+            process.kill()
+    out, errors = ((tmp_path / "0" / name).read_text() for name in ("out", "err"))
+    assert re.fullmatch(rf"train_vq.py: {path} has 9×9 pixels, too few .*\n", errors)
+    assert "stopped after step 2 of 6" in out and read(tmp_path / "run" / "checkpoint.pt")["step"] == 2
     path.write_bytes(good)
     assert shell("train_vq.py", [*flags, "--resume"], monkeypatch, capsys)[0] == 0
 
