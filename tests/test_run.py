@@ -178,23 +178,24 @@ def test_processes_stop_at_the_same_step_and_on_gpus_ask_each_other_only_at_ever
 
 
 def test_an_error_in_the_next_batch_waits_for_a_step_that_saves(tmp_path, capsys):
-    class OnGPUs(run.Process):
-        def any(self, flag):  # there are no others
-            return flag
+    class OnGPUs(run.Process):  # of which another one meets the error
+        def any(self, flag):
+            return step >= 4
 
         def share(self, value):
-            return [None, value]
+            return [value, OSError("a.png has vanished")]
 
     def batches(count: int):
         yield from range(1, count + 1)
         raise OSError("a.png has vanished")
 
     config = dataclasses.replace(DEMO, steps=30, out=str(tmp_path), log_every=99, checkpoint_every=99)
-    for process, last in ((ALONE, 4), (OnGPUs(torch.device("cuda"), 0, 2), 10)):  # all stop at a tenth step
-        seen = []
+    on_gpus = OnGPUs(torch.device("cuda"), 0, 2)
+    for process, count, last in ((ALONE, 4, 4), (on_gpus, 4, 10), (on_gpus, 99, 10)):  # all at a tenth step
+        seen, step = [], 0
         with pytest.raises(OSError, match="a.png has vanished"):
-            for step, batch, due in run.steps(config, process, 0, batches(4)):
-                assert batch == min(step, 4)
+            for step, batch, due in run.steps(config, process, 0, batches(count)):
+                assert batch == min(step, count)
                 seen += [step] if due.save else []
         assert seen == [last]
         shown = f"stopped after step {last} of 30; {tmp_path / 'checkpoint.pt'} is saved, --resume goes on\n"

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (ALONE, ROOT, VQ_FLAGS, assert_bit_equal, log_of, run_script, shell, start_two, tensors,
-                     vq_flags, without_log_of_torch)
+from helpers import (ALONE, ROOT, VQ_FLAGS, assert_bit_equal, log_of, shell, start_two, tensors, vq_flags,
+                     without_log_of_torch)
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -475,24 +475,16 @@ def test_an_unreadable_picture_is_skipped_in_training_and_in_validation_found_be
     assert "first stage" not in out and len(log_of(tmp_path / "run" / "checkpoint.pt")) == 8
 
 
-def test_a_wrong_picture_of_one_process_ends_all_after_a_step_that_saves(pictures, tmp_path, monkeypatch, capsys):
+def test_a_wrong_picture_ends_a_run_after_a_step_that_saves(pictures, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder)
     third = next(itertools.islice(data.training_order(16, 4, seed=0), 2, None))
-    path = sorted((folder / "train").iterdir())[third[1][0]]  # the second process has every second one
+    path = sorted((folder / "train").iterdir())[third[0][0]]
     good = path.read_bytes()
     Image.new("RGB", (9, 9)).save(path)
     flags = [*vq_flags(folder, tmp_path / "run"), "--steps", "6", "--checkpoint-every", "99", "--no-upscale"]
-    processes = start_two(run_script, "train_vq.py", flags, folder=tmp_path)
-    try:
-        for process in processes:
-            process.join(60)
-            assert process.exitcode == 1
-    finally:
-        for process in processes:
-            process.kill()
-    out, errors = ((tmp_path / "0" / name).read_text() for name in ("out", "err"))
-    assert re.fullmatch(rf"train_vq.py: {path} has 9×9 pixels, too few .*\n", errors)
+    status, out, errors = shell("train_vq.py", flags, monkeypatch, capsys)
+    assert status == 1 and re.fullmatch(rf"train_vq.py: {path} has 9×9 pixels, too few .*\n", errors)
     assert "stopped after step 2 of 6" in out and read(tmp_path / "run" / "checkpoint.pt")["step"] == 2
     path.write_bytes(good)
     assert shell("train_vq.py", [*flags, "--resume"], monkeypatch, capsys)[0] == 0
