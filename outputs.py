@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     import fcntl
@@ -151,6 +151,16 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
         origin = f"a checkpoint of train_{found}.py" if found else "of another program"
         raise ValueError(f"{path} is {origin}; {advice}")
     return checkpoint
+
+
+def restore(checkpoint: dict, model: nn.Module, optimizer: torch.optim.Optimizer):
+    """Go on as after the checkpoint's step: weights, Adam's moments and random states."""
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    for weight, values in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):  # in the weight's memory format: fused Adam reads plain memory
+            values[name] = torch.empty_like(weight).copy_(values[name])
+    set_random_state(checkpoint["random"])
 
 
 def describe_data(config: Any, dataset, checkpoint: dict | None) -> dict:

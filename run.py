@@ -138,14 +138,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: Any, step: int) 
     return learning_rate(config, step)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
-    """Restore Adam's moments, each in its weight's memory format: fused Adam reads both as plain memory."""
-    optimizer.load_state_dict(state)
-    for weight, values in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            values[name] = torch.empty_like(weight).copy_(values[name])
-
-
 class Process(NamedTuple):
     """This process among those of the run: one, or those that torchrun started."""
     device: torch.device

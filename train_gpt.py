@@ -29,8 +29,7 @@ from codebook import entropy
 from files import FIELDS
 from gpt import GPT, GPTConfig, Sampling
 from orderings import ORDERINGS, TokenLayout
-from outputs import (Log, announce, draw_loss_map, picture_grid, save_checkpoint, save_picture,
-                     set_random_state)
+from outputs import Log, announce, draw_loss_map, picture_grid, restore, save_checkpoint, save_picture
 from stages import FirstStage, Prior, Stages, stages_from_state
 from vq import VQ
 
@@ -166,9 +165,7 @@ def main(argv: list[str] | None = None) -> Path | None:
                                   betas=(config.beta1, config.beta2), fused=True)
     first_step, best = (checkpoint["step"], checkpoint["best"]) if checkpoint else (0, (math.inf, 0))
     if checkpoint:
-        gpt.load_state_dict(checkpoint["model"])
-        run.load_optimizer(optimizer, checkpoint["optimizer"])
-        set_random_state(checkpoint["random"])
+        restore(checkpoint, gpt, optimizer)
 
     def train_step(index: list[int]) -> dict[str, Tensor]:
         tokens = prior.tokens(training, index, config.condition_dropout)  # (B, P + T)

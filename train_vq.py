@@ -27,8 +27,7 @@ from codebook import codebook_use, initialize_codebook, restart_dead_codes, use_
 from files import FIELDS, NO_LABEL, Preparation
 from losses import (SMALLEST, Adversary, PatchDiscriminator, PerceptualLoss, image_loss, mask_loss,
                     score_images, score_masks)
-from outputs import (Log, announce, describe_data, picture_grid, save_checkpoint, save_picture,
-                     set_random_state)
+from outputs import Log, announce, describe_data, picture_grid, restore, save_checkpoint, save_picture
 from stages import FirstStage
 from vq import VQ, VQConfig, memory_format
 
@@ -193,12 +192,10 @@ def main(argv: list[str] | None = None) -> Path | None:
     uses = torch.zeros(config.codebook_size, device=device)  # (K,) since dead codes were reinitialized
     first_step = checkpoint["step"] if checkpoint else 0
     if checkpoint:
-        vq.load_state_dict(checkpoint["model"])
-        run.load_optimizer(optimizer, checkpoint["optimizer"])
+        restore(checkpoint, vq, optimizer)
         uses.copy_(checkpoint["uses"])
         if adversary:
             adversary.load_state_dict(checkpoint["adversary"], first_step)
-        set_random_state(checkpoint["random"])
     elif not config.benchmark:
         vectors = config.batch_size * stage.side**2  # in a batch
         order = data.training_order(len(training), config.batch_size, config.seed)
