@@ -28,7 +28,7 @@ from cache import encode_pictures
 from codebook import entropy
 from files import FIELDS
 from gpt import GPT, GPTConfig, Sampling
-from orderings import ORDERINGS, TokenLayout
+from orderings import TokenLayout
 from outputs import Log, announce, draw_loss_map, picture_grid, restore, save_checkpoint, save_picture
 from stages import FirstStage, Prior, Stages, stages_from_state
 from vq import VQ
@@ -89,7 +89,6 @@ class TrainConfig:
 
     def __post_init__(self):
         run.check_training(self)
-        run.check_choice("order", self.order, ORDERINGS)
         run.check_choice("condition", self.condition, ("none", "class", *MAPS))
         run.check_at_least(self, 1, "views")
         run.check_at_least(self, 0, "weight_decay", "clip")
@@ -101,7 +100,7 @@ class TrainConfig:
         if self.pixels and (self.multiscale or self.vq):
             raise ValueError("pixels have neither a first stage (--vq) nor coarser scales (--multiscale)")
         self.sampling  # this and the next raise for what does not fit
-        self.model(TokenLayout(codebook_size=1, height=1, width=1))
+        self.model(TokenLayout(codebook_size=1, height=1, width=1, order=self.order))
 
     @property
     def folder(self) -> Path:
