@@ -25,6 +25,9 @@ from torch import Tensor
 
 from outputs import announce, load_checkpoint, printable
 
+# Ctrl-C, kill, and a terminal that is closed, for which Windows has no signal.
+STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+
 
 class UsageError(ValueError):
     """A mistake in the flags: the script ends with status 2."""
@@ -263,7 +266,7 @@ def look_ahead(batches: Iterator[Any]) -> Iterator[tuple[Any, Exception | None]]
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """SIGINT, SIGTERM and SIGHUP only append to a list, which the loop polls; a second one stops at once."""
+    """Signals to stop only append to a list, which the loop polls; a second one stops at once."""
     received = []
 
     def note(number, frame):
@@ -271,9 +274,8 @@ def deferred_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, note)
-              for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))
-              if number and signal.getsignal(number) != signal.SIG_IGN}  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS
+              if signal.getsignal(number) != signal.SIG_IGN}  # nohup ignores SIGHUP
     try:
         yield received
     finally:
@@ -283,8 +285,8 @@ def deferred_signals() -> Iterator[list[int]]:
 
 def ignore_signals(worker: int):
     """Signals reach the whole process group: the run decides when to stop, its workers go on until then."""
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def kill_workers():
