@@ -194,7 +194,9 @@ def autocast(device: torch.device) -> torch.autocast:
 def start(config: Any) -> Process:
     """Choose the device ("auto": a GPU if any), join torchrun's other processes, seed. Raises UsageError."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(config.device, config.device)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.batch_size % world:
         raise UsageError(f"batch_size is {config.batch_size}, which cannot be shared evenly by {world} "
                          f"processes; choose a multiple of {world}, or another number of processes")
