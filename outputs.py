@@ -245,16 +245,15 @@ class Log:
         self.path, self.process, self.steps = config.folder / "log.jsonl", process, config.steps
         self.unit, self.units_per_step, self.checkpoint_every = unit, units_per_step, config.checkpoint_every
         self.began = self.last = self.stopped = time.perf_counter()  # of the run; of steps; their end
-        self.first_step = self.last_step = self.step = first_step
+        self.first_step = self.last_step = first_step  # of the run; of the last line
         self.name_batch, self.added = name_batch, {}  # name → step → value
         if process.rank == 0:
             self.lock = claim(config.folder, first_step)
 
-    def add(self, values: dict[str, Tensor]):
-        """Collect values of the next step for the mean on the next line; reads nothing back from the GPU."""
-        self.step += 1
+    def add(self, step: int, values: dict[str, Tensor]):
+        """Collect values of a step for the mean on the next line; reads nothing back from the GPU."""
         for name, value in values.items():
-            self.added.setdefault(name, {})[self.step] = value.detach()
+            self.added.setdefault(name, {})[step] = value.detach()
 
     def means(self) -> dict[str, float]:
         """Means of what was added since the last call, over all processes. ValueError if not finite.
@@ -268,7 +267,8 @@ class Log:
             wrong += [(step, name, value) for step, value in zip(added, values.tolist())
                       if not math.isfinite(value)]
         self.added = {}
-        for step, name, value in sorted(wrong):  # the first step is named; later ones follow from it
+        if wrong:
+            step, name, value = min(wrong)  # the first; later ones follow from it
             self.check(step, {name: value}, f" with {self.name_batch(step)}")
         self.stopped = time.perf_counter()
         return means
@@ -289,7 +289,7 @@ class Log:
     def finish(self) -> Path:
         """Print the last line; returns the path of the checkpoint."""
         path, seconds = self.path.with_name("checkpoint.pt"), time.perf_counter() - self.began
-        made = self.picture(self.steps) if self.step > self.first_step else "all steps were done before"
+        made = self.picture(self.steps) if self.last_step > self.first_step else "all steps were done before"
         announce(f"done in {duration(seconds)} · {path} · {made}")
         return path
 

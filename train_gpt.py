@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     scores = {}
     for step, batch, due in run.steps(config, process, first_step, order):
         lr = run.set_learning_rate(optimizer, config, step)
-        log.add(train_step([index for index, _ in batch]))
+        log.add(step, train_step([index for index, _ in batch]))
 
         # means() and check() raise if the run has diverged, before it is sampled from or saved.
         if due.log:

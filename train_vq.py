@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     scores = {}
     for step, images, due in run.steps(config, process, first_step, batches):
         lr = run.set_learning_rate(optimizer, config, step)
-        log.add(train_step(images, step, lr))
+        log.add(step, train_step(images, step, lr))
 
         # means() and check() raise if the run has diverged, before anything is drawn or saved.
         if due.log:

@@ -225,11 +225,11 @@ def test_a_run_goes_on_when_nobody_reads_its_output_any_more(tmp_path, monkeypat
 
 def test_logged_values_are_means_since_the_last_line_and_a_diverged_one_is_named(tmp_path):
     log = open_log(tmp_path)
-    for value in (1.0, 2.0, 6.0):
-        log.add({"loss": torch.tensor(value, requires_grad=True)})
-    log.add({"rare": torch.tensor(5.0)})
+    for step, value in enumerate((1.0, 2.0, 6.0), 1):
+        log.add(step, {"loss": torch.tensor(value, requires_grad=True)})
+    log.add(4, {"rare": torch.tensor(5.0)})
     assert log.means() == {"loss": 3.0, "rare": 5.0} and log.means() == {}
-    log.add({})
+    log.add(5, {})
     log.line(5, "", {})
     for value, first_step, every, advice in [
             (math.nan, 0, 9, "there is no checkpoint yet, start again with a lower --lr"),
@@ -237,8 +237,8 @@ def test_logged_values_are_means_since_the_last_line_and_a_diverged_one_is_named
             (-math.inf, 2, 6, "go on from .*checkpoint.pt of step 6 with --resume and a lower --lr")]:
         log = open_log(tmp_path / str(value), first_step, checkpoint_every=every)
         for step in range(first_step + 1, 10):
-            log.add({"l1": torch.tensor(math.nan if step > 7 else 1.0),
-                     "vq": torch.tensor(value if step > 6 else 1.0)})
+            log.add(step, {"l1": torch.tensor(math.nan if step > 7 else 1.0),
+                           "vq": torch.tensor(value if step > 6 else 1.0)})
         with pytest.raises(ValueError, match=f"^the vq loss became {value} in step 7 with the pictures of 7: "
                                              + advice):
             log.means()
