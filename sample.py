@@ -87,7 +87,7 @@ class SampleConfig:
         return [(not self.complete, "keep hide", "it belongs to --complete"),
                 (any((self.class_, self.condition, self.complete, self.scales_from)), "data_dir",
                  "no conditions of the validation split are taken"),
-                (self.benchmark, "out animate class_ condition complete scales_from count size",
+                (self.benchmark, "out animate class_ condition data_dir complete scales_from count size",
                  "a benchmark draws no pictures")]
 
     @property

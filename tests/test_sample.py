@@ -339,6 +339,7 @@ def test_no_mistake_ends_in_a_traceback(first_stage, tmp_path, monkeypatch, caps
             ("class.pt", "--class ball --data-dir x", 2, "--data-dir has no effect here: no conditions of"),
             ("none.pt", "--data-dir x", 2, "--data-dir has no effect here: this model has no condition"),
             ("none.pt", "--benchmark --count 3", 2, "--count has no effect here: a benchmark"),
+            ("class.pt", "--benchmark --data-dir x", 2, "--data-dir has no effect here: a benchmark"),
             ("none.pt", "--complete photo.png --keep 2", 2, "keep is 2.0; it must lie in [0, 1]"),
             ("none.pt", "--complete photo.png --size 16x16", 2,
              "exclude each other, so do size and animate; choose one"),
