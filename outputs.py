@@ -84,9 +84,11 @@ def claim(folder: Path, first_step: int) -> TextIO:
     if fcntl:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, depending on the system
             raise ValueError(f"another process is training in {folder}: wait for it, stop it, or name "
                              "another --out") from None
+        except OSError:  # a file system may have no locks
+            pass
     path = folder / "checkpoint.pt"
     saved = path.exists() and torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if saved and saved["step"] != first_step:

@@ -1,6 +1,7 @@
 """A run's folder and its outputs. Oracles: the file before a failure, bit for bit; literal sentences."""
 import dataclasses
 import errno
+import fcntl
 import itertools
 import json
 import math
@@ -114,6 +115,14 @@ def test_a_folder_has_one_run_at_a_time(tmp_path, monkeypatch):
     refused = f"another process trained in {folder} while this one started: start again with --resume"
     assert refused in try_to_claim(folder)
     claim(folder, 5).close()
+
+
+def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    claim(tmp_path, 0).close()
 
 
 def test_a_file_in_the_place_of_a_folder_ends_in_a_sentence(tmp_path):
