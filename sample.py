@@ -57,7 +57,7 @@ class SampleConfig:
     hide: bool = False  # grey out the part to be completed before encoding: else the kept codes leak it
     scales_from: str = ""  # picture or folder whose 0, 1, 2, … coarsest scales are kept: a row each, §3
 
-    count: int = 0  # samples; of each class or file named; rows of conditions are full; 0: 64, or 4 of each
+    count: int = 0  # samples of each class or file named; else in all, rows of conditions full; 0: 4, or 64
     size: str = ""  # HEIGHTxWIDTH in pixels, larger than in training, by a sliding window
     batch_size: int = 64  # samples drawn at a time
     seed: int = 0  # of the samples

@@ -40,7 +40,7 @@ MAPS = FIELDS[1:]  # conditions with a first stage of their own: segmentation, d
 class TrainConfig:
     """The defaults are the paper's; `PRESETS` says what differs. Raises ValueError for unworkable values."""
     preset: str = "paper"  # demo, cifar10 or paper: which set of defaults the other flags change
-    out: str = ""  # folder of this run; empty: runs/gpt-PRESET-DATA-ORDER, with -CONDITION and -multiscale
+    out: str = ""  # folder of this run; empty: runs/gpt-PRESET-DATA-ORDER[-CONDITION][-multiscale or -pixels]
     resume: bool = False  # go on from checkpoint.pt in that folder
     seed: int = 0  # of the weights, the order of the pictures, dropout and the sampled pictures
     device: str = "auto"  # cpu, cuda, cuda:1, …; auto: a GPU if there is one
@@ -51,7 +51,7 @@ class TrainConfig:
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
     workers: int = -1  # of the data loader; -1: one a core, at most 8 (none for data in memory)
     vq: str = ""  # first stage: by train_vq.py, or the authors' (vqgan.ckpt); empty: runs/vq-PRESET-DATA/
-    views: int = 1  # encodings of a training picture: its center, then crops and flips, as that stage's
+    views: int = 1  # encodings of a training picture: its center, then crops and flips as the first stage had
     codes_dir: str = "runs/codes"  # folder of the code cache, which all runs share
 
     order: str = "row"  # row, spiral, zcurve, subsample or alternate: how a grid is unrolled, §3, Fig. 2
