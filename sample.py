@@ -31,6 +31,7 @@ from torch import Tensor
 
 import data
 import run
+import taming
 import train_gpt
 from benchmark import benchmark_sampling
 from files import FIELDS, MASK_FOLDERS, PICTURES, list_files
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None):
         prior = train_gpt.untrained_prior(config.preset).to(device)
     else:
         prior = Prior.load(config.checkpoint, device, config.n_head)
-    if config.n_head and prior.trained_on:
+    if config.n_head and not taming.recognizes(config.checkpoint):
         raise run.UsageError("--n-head has no effect here: only the authors' files do not store it")
     if config.benchmark:
         return benchmark_sampling(prior, config.batch_size, config.sampling)

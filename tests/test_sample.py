@@ -317,6 +317,8 @@ def test_a_preset_that_is_not_trained_yet_can_be_measured(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     sample.main("--benchmark --batch-size 1 --device cpu".split())
     assert "does not exist yet" in (shown := capsys.readouterr().out) and "1 pictures of 64 tokens" in shown
+    with pytest.raises(run.UsageError, match="--n-head has no effect here"):
+        sample.main("--benchmark --batch-size 1 --device cpu --n-head 2".split())
     prior = train_gpt.untrained_prior("cifar10")
     assert (prior.layout.sizes, prior.layout.vocab_size, prior.gpt.config.n_layer) == ([(16, 16)], 1025, 12)
     assert prior.image.vq.config == train_vq.PRESETS["cifar10"].model()
