@@ -50,7 +50,7 @@ class FirstStage:
         self.codebook_size = vq.config.codebook_size
 
     @classmethod
-    def load(cls, path: Path, field: str = "image") -> "FirstStage":
+    def load(cls, path: str | Path, field: str = "image") -> "FirstStage":
         """From a checkpoint of train_vq.py, or a file of the authors'.
 
         The authors' files do not store the size of the pictures. 16×16 codes are assumed: 256×256 pixels for
