@@ -62,9 +62,11 @@ class FirstStage:
             stage = cls(vq, "image", Preparation(16 * vq.config.downsampling, upscale=True), {})
         else:
             stage = cls.from_state(load_checkpoint(path, "vq"))
-        if stage.field != field or field == "image" and stage.vq.config.image_channels != 3:
-            raise ValueError(f"{path} is a first stage of {stage.field} in {stage.vq.config.image_channels} "
-                             f"channels, not of {field}; train one with train_vq.py --target {field}")
+        channels = stage.vq.config.image_channels
+        if stage.field != field or field == "image" and channels != 3:
+            wanted = f"{field} in 3" if field == "image" else field
+            raise ValueError(f"{path} is a first stage of {stage.field} in {channels} channels, not of "
+                             f"{wanted}; train one with train_vq.py --target {field}")
         return stage
 
     @classmethod
