@@ -267,7 +267,7 @@ def open_rgb(path: Path, size: int) -> Image.Image:
         scale = 257 if picture.mode.startswith("I;16") or grey.max() > 255 else 1
         scale = 1 / 255 if picture.mode == "F" and grey.max() <= 1 else scale
         picture = Image.fromarray((grey / scale).clip(0, 255).round().astype(np.uint8))
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+    if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
