@@ -64,7 +64,7 @@ class Canvas:
             image += coverage * (colour - image)
         inside = (distance < 0).any(0)
         np.copyto(self.segmentation[rows, columns], SEGMENTS.index(segment), where=inside)
-        np.copyto(self.depth[rows, columns], depth, where=inside, casting="same_kind")
+        np.copyto(self.depth[rows, columns], depth, where=inside)
 
     def window(self, left: float, top: float, right: float, bottom: float) -> tuple:
         """(rows, columns) of a box and a pixel around it, their x (columns,) and their y (rows, 1)."""
