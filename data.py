@@ -55,9 +55,9 @@ class Scenes:
     def __init__(self, split: str, preparation: Preparation):
         self.split, self.size, self.fields = split, preparation.size, preparation.fields
         self.classes = scenes.CLASSES if "class" in self.fields else ()
-        if "segmentation" in self.fields and 0 < preparation.segments < self.segments():
+        if 0 < preparation.segments < self.segments():
             raise ValueError(f"the masks of scenes have {self.segments()} labels, but segments is "
-                             f"{preparation.segments}: leave out --segments")
+                             f"{preparation.segments}: name a first stage that was trained on scenes")
 
     def __len__(self) -> int:
         return SCENES[self.split]
