@@ -213,7 +213,6 @@ def image_loss(images: Tensor, reconstructions: Tensor, perceptual: PerceptualLo
     if perceptual and perceptual_weight:
         parts["perceptual"] = perceptual.distance(images, x).mean()
         nll = nll + perceptual_weight * parts["perceptual"]
-    parts = {name: part.detach() for name, part in parts.items()}
     return first_order_surrogate(nll, x, reconstructions), parts
 
 
@@ -265,8 +264,7 @@ class Adversary:
                 weight.grad /= self.world
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
-        parts = {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
-        return {name: part.detach() for name, part in parts.items()}
+        return {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
 
     def state_dict(self) -> dict:
         return {"discriminator": self.discriminator.state_dict(), "optimizer": self.optimizer.state_dict(),
