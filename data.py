@@ -153,8 +153,8 @@ class Files:
         for index, sentence in unreadable.items():
             if index not in self.unreadable:
                 self.unreadable.add(index)
-                print(f"skipped in training, {len(self.unreadable)} of {len(self):,} so far: "
-                      f"{printable(sentence)}", flush=True)
+                announce(f"skipped in training, {len(self.unreadable)} of {len(self):,} so far: "
+                         f"{printable(sentence)}", from_all=True)
         if len(self.unreadable) > self.tolerated:
             raise ValueError(f"{len(self.unreadable)} of {len(self):,} training pictures cannot be read, and "
                              f"at most {self.tolerated} may be skipped: remove or replace those named above")

@@ -61,9 +61,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def announce(text: str):
-    """Print a line, from the first process only, as long as somebody reads it."""
-    if os.environ.get("RANK", "0") == "0":
+def announce(text: str, from_all: bool = False):
+    """Print a line, from the first process only or from all, as long as somebody reads it."""
+    if from_all or os.environ.get("RANK", "0") == "0":
         try:
             print(text, flush=True)
         except OSError:  # Ctrl-C has ended `| tee` first, or a terminal was closed: a run must still save
