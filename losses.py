@@ -135,8 +135,8 @@ def download(url: str, sha256: str, name: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
         except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(f"{name} is not in {path.parent} and could not be fetched from {url} "
-                                    f"({error}): put it there, {ADVICE}") from None
+            raise FileNotFoundError(f"{name} is not in {path.parent}, or damaged, and could not be fetched "
+                                    f"from {url} ({error}): put it there, {ADVICE}") from None
     return path
 
 
