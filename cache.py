@@ -78,8 +78,8 @@ def encode(dataset, key: data.Key, stages: Stages, files: dict[str, Path], proce
            workers: int):
     """Write this process's share of the codes of one view into the reserved file of each field."""
     arrays = {field: np.lib.format.open_memmap(file, "r+") for field, file in files.items()}
-    order = data.fixed_order(len(dataset), 64, key, process.rank, process.world)
-    for batch, values in zip(order, data.load(dataset, order, process.device, workers)):
+    items = data.fixed_batches(len(dataset), 64, key, process.rank, process.world)
+    for batch, values in zip(items, data.load(dataset, items, process.device, workers)):
         for field, array in arrays.items():
             codes = stages[field].encode(values[field]) if stages[field] else values[field]
             array[[i for i, _ in batch]] = codes.cpu().numpy().astype(np.uint16)

@@ -261,8 +261,8 @@ def open_dataset(name: str, directory: str, split: str, preparation: Preparation
     return Files(name, split, Path(directory), preparation)
 
 
-def training_order(count: int, batch_size: int, seed: int, start: int = 0, rank: int = 0,
-                   world: int = 1) -> Iterator[list[tuple[int, Key]]]:
+def training_batches(count: int, batch_size: int, seed: int, start: int = 0, rank: int = 0,
+                     world: int = 1) -> Iterator[list[tuple[int, Key]]]:
     """Batches of (index, key) without end, from batch number `start` on: a new permutation for each epoch.
 
     Of each batch of `batch_size`, process `rank` of `world` gets every world-th element.
@@ -278,29 +278,29 @@ def training_order(count: int, batch_size: int, seed: int, start: int = 0, rank:
 def name_batch(dataset, views: int, batch_size: int, seed: int, step: int) -> str:
     """Which pictures a training step was made of: their files, or their numbers if they have none."""
     N = len(dataset)
-    index = [i % N for i, _ in next(training_order(views * N, batch_size, seed, step - 1))]
+    index = [i % N for i, _ in next(training_batches(views * N, batch_size, seed, step - 1))]
     if not isinstance(dataset, Files):
         return f"the pictures number {', '.join(map(str, index))}"
     files = [next(iter(dataset.records[i].values())).relative_to(dataset.directory) for i in index]
     return ", ".join(map(str, files))
 
 
-def fixed_order(count: int, batch_size: int, key: Key = None, rank: int = 0,
-                world: int = 1) -> list[list[tuple[int, Key]]]:
+def fixed_batches(count: int, batch_size: int, key: Key = None, rank: int = 0,
+                  world: int = 1) -> list[list[tuple[int, Key]]]:
     """Each picture once, in order, in batches of up to `batch_size`: for validation and the code cache."""
     mine = range(rank, count, world)
     return [[(index, key) for index in mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
 
 
-def load(dataset, order: Iterable[list[tuple[int, Key]]], device: torch.device,
+def load(dataset, items: Iterable[list[tuple[int, Key]]], device: torch.device,
          workers: int) -> Iterator[dict[str, Tensor]]:
-    """The fields of each batch of an order on the device, (B, ...), still of the data set's types."""
+    """The fields of each batch of items on the device, (B, ...), still of the data set's types."""
     if workers < 0:  # one per core of this process to read files, none for data in memory or drawn
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = min(8, cores) if isinstance(dataset, Files) else 0
     if workers:  # before they start, for that may fail midway
         atexit.register(run.kill_workers)
-    batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=workers,
+    batches = iter(DataLoader(dataset, batch_sampler=items, num_workers=workers,
                               pin_memory=device.type == "cuda", collate_fn=collate,
                               worker_init_fn=run.ignore_signals,
                               generator=torch.Generator()))  # not the run's own
@@ -323,8 +323,8 @@ def collate(items: list[dict]) -> tuple[dict[str, Tensor], dict[int, str]]:
 def check_files(dataset, rank: int, world: int, workers: int):
     """Read a validation set of files before a run begins, so that a bad one (ValueError) ends it at once."""
     if isinstance(dataset, Files):
-        order = fixed_order(len(dataset), 64, None, rank, world)
-        for _ in load(dataset, order, torch.device("cpu"), workers):
+        items = fixed_batches(len(dataset), 64, None, rank, world)
+        for _ in load(dataset, items, torch.device("cpu"), workers):
             pass
 
 

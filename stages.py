@@ -75,8 +75,8 @@ class FirstStage:
         colours = torch.rand(512, 3)
         if process.rank == 0 and not config.benchmark:
             dataset = data.open_dataset(config.data, config.data_dir, "train", preparation)
-            order = data.training_order(len(dataset), 1024, config.seed)
-            images = next(data.load(dataset, order, process.device, 0))["image"]  # (1024, 3, S, S)
+            items = data.training_batches(len(dataset), 1024, config.seed)
+            images = next(data.load(dataset, items, process.device, 0))["image"]  # (1024, 3, S, S)
             colours = Palette.fit(as_vectors(data.as_input(images, "image", 3)), 512).colours
         return cls(Palette(process.share(colours.cpu())[0]), "image", preparation, {})
 

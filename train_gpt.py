@@ -182,11 +182,11 @@ def main(argv: list[str] | None = None) -> Path | None:
         batch = list(range(config.batch_size // world))
         return benchmark_training(lambda: train_step(batch), config, device, "tokens", sum(layout.lengths))
     count, T = len(training["image"]), sum(layout.lengths)
-    order = data.training_order(count, config.batch_size, config.seed, first_step, rank, world)
+    batches = data.training_batches(count, config.batch_size, config.seed, first_step, rank, world)
     log = Log(config, process, first_step, "tokens", config.batch_size * T, lambda step: data.name_batch(
         training["image"].dataset, config.views, config.batch_size, config.seed, step))
     scores = {}
-    for step, batch, due in run.steps(config, process, first_step, order):
+    for step, batch, due in run.steps(config, process, first_step, batches):
         lr = run.set_learning_rate(optimizer, config, step)
         log.add(step, train_step([index for index, _ in batch]))
 
@@ -299,7 +299,7 @@ def evaluate(prior: Prior, codes: dict[str, np.ndarray], config: TrainConfig, pr
     dropouts = (0.0, 1.0) if config.condition_dropout else (0.0,)
     nats = torch.zeros(len(dropouts), sum(layout.lengths), device=process.device).double()  # (1 or 2, T)
     prior.gpt.eval()
-    for batch in data.fixed_order(count, config.batch_size, rank=process.rank, world=process.world):
+    for batch in data.fixed_batches(count, config.batch_size, rank=process.rank, world=process.world):
         for i, dropout in enumerate(dropouts):
             tokens = prior.tokens(codes, [index for index, _ in batch], dropout)  # (B, P + T)
             with run.autocast(process.device):

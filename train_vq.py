@@ -198,8 +198,8 @@ def main(argv: list[str] | None = None) -> Path | None:
             adversary.load_state_dict(checkpoint["adversary"], first_step)
     elif not config.benchmark:
         vectors = config.batch_size * stage.side**2  # in a batch
-        order = data.training_order(len(training), config.batch_size, config.seed)
-        enough = itertools.islice(order, 16 * config.codebook_size // vectors + 1)  # 16 vectors a code
+        items = data.training_batches(len(training), config.batch_size, config.seed)
+        enough = itertools.islice(items, 16 * config.codebook_size // vectors + 1)  # 16 vectors a code
         initialize_codebook(vq, load_inputs(training, enough, config, channels, device), process)
 
     def train_step(images: Tensor, step: int, lr: float) -> dict[str, Tensor]:
@@ -226,8 +226,8 @@ def main(argv: list[str] | None = None) -> Path | None:
     announce(f"first stage: {len(training):,} training and {len(validation):,} validation pictures "
              f"({config.target}) of {channels}×{S}×{S} → {side}×{side} of {config.codebook_size} codes · "
              f"{sum(x.numel() for x in vq.parameters()):,} parameters · {device} · {config.folder}")
-    order = data.training_order(len(training), config.batch_size, config.seed, first_step, rank, world)
-    batches = load_inputs(training, order, config, channels, device)
+    items = data.training_batches(len(training), config.batch_size, config.seed, first_step, rank, world)
+    batches = load_inputs(training, items, config, channels, device)
     if config.benchmark:  # with all losses, as in the last step
         images = next(batches)
         return benchmark_training(lambda: train_step(images, config.steps, config.lr), config, device,
@@ -261,10 +261,10 @@ def main(argv: list[str] | None = None) -> Path | None:
     return log.finish()
 
 
-def load_inputs(dataset, order: Iterable, config: TrainConfig, channels: int,
+def load_inputs(dataset, items: Iterable, config: TrainConfig, channels: int,
                 device: torch.device) -> Iterator[Tensor]:
-    """What the autoencoder sees of each batch of an order, (B, C, H, W); see `data.as_input`."""
-    for batch in data.load(dataset, order, device, config.workers):
+    """What the autoencoder sees of each batch of items, (B, C, H, W); see `data.as_input`."""
+    for batch in data.load(dataset, items, device, config.workers):
         yield data.as_input(batch[config.target], config.target, channels)
 
 
@@ -312,10 +312,10 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
     """Over all validation pictures: losses, the codebook's use, and how often each code occurs (K,)."""
     counts = torch.zeros(config.codebook_size, device=process.device)  # (K,)
     sums = torch.zeros(3, dtype=torch.float64, device=process.device)  # of both scores, and their number
-    order = data.fixed_order(len(validation), max(16, config.batch_size // process.world), None, process.rank,
-                             process.world)
+    items = data.fixed_batches(len(validation), max(16, config.batch_size // process.world), None,
+                               process.rank, process.world)
     vq.eval()
-    for images in load_inputs(validation, order, config, vq.config.image_channels, process.device):
+    for images in load_inputs(validation, items, config, vq.config.image_channels, process.device):
         with run.autocast(process.device):
             reconstructions, codes, _ = vq(images)
         sums += (score_masks(images, reconstructions) if config.one_hot
@@ -334,8 +334,8 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
 def draw(vq: VQ, validation, counts: Tensor, config: TrainConfig, path: Path):
     """Up to 16 validation pictures in rows of 8, each above its reconstruction; a square for each code."""
     columns = min(8, len(validation))
-    order = data.fixed_order(columns * min(2, len(validation) // columns), 16)  # one row or two
-    images = next(load_inputs(validation, order, config, vq.config.image_channels, counts.device))
+    items = data.fixed_batches(columns * min(2, len(validation) // columns), 16)  # one row or two
+    images = next(load_inputs(validation, items, config, vq.config.image_channels, counts.device))
     rows = zip(images.split(columns), vq.decode(vq.encode(images)).split(columns))
     pictures = data.as_pictures(torch.cat([torch.cat(pair) for pair in rows]), config.target)
     save_picture(picture_grid(pictures, columns), path)

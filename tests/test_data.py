@@ -26,8 +26,8 @@ import cifar10 as cifar10_module
 import data
 import files
 import scenes
-from data import (Cifar10, Preparation, Scenes, as_input, as_pictures, check_offered, fixed_order, load,
-                  open_dataset, prepare, read_field, training_order)
+from data import (Cifar10, Preparation, Scenes, as_input, as_pictures, check_offered, fixed_batches, load,
+                  open_dataset, prepare, read_field, training_batches)
 from files import FIELDS
 from picture_files import noise, opened, save, write
 from scenes import draw_scene
@@ -394,7 +394,7 @@ def test_a_file_is_read_as_validation_sees_it(tmp_path):
         write(tmp_path / split / "segmentation" / "a.png", labels)
         write(tmp_path / split / "depth" / "a.npy", np.random.default_rng(1).random((40, 50)))
     dataset = opened(tmp_path, "image", "segmentation", "depth", flip=True)
-    batch, = load(dataset, fixed_order(1, 1), CPU, 0)
+    batch, = load(dataset, fixed_batches(1, 1), CPU, 0)
     for field, file in dataset.records[0].items():
         values = read_field(file, field, dataset.preparation)
         assert torch.equal(values, batch[field]) and values.dtype == batch[field].dtype
@@ -470,13 +470,13 @@ def test_fields_that_a_data_set_does_not_have_are_named():
 
 # Orders
 
-def take(order, count: int) -> list:
-    return list(itertools.islice(order, count))
+def take(batches, count: int) -> list:
+    return list(itertools.islice(batches, count))
 
 
 @pytest.mark.parametrize("count, batch_size", [(10, 5), (10, 4), (7, 3), (3, 8), (1, 2)])
 def test_each_epoch_is_another_permutation_and_batches_cross_its_border(count, batch_size):
-    batches = take(training_order(count, batch_size, seed=3), 6 * count)
+    batches = take(training_batches(count, batch_size, seed=3), 6 * count)
     assert all(len(batch) == batch_size for batch in batches)
     items = [item for batch in batches for item in batch]
     epochs = [items[i:i + count] for i in range(0, len(items) - count, count)]
@@ -486,13 +486,13 @@ def test_each_epoch_is_another_permutation_and_batches_cross_its_border(count, b
     if count > 5:
         orders = {tuple(index for index, _ in group) for group in epochs}
         assert len(orders) == len(epochs)
-        assert not orders & {tuple(index for index, _ in next(training_order(count, count, seed=4)))}
+        assert not orders & {tuple(index for index, _ in next(training_batches(count, count, seed=4)))}
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_processes_share_each_training_batch_wherever_the_run_started(world):
-    whole = take(training_order(10, 12, seed=1), 7)[2:]
-    shares = [take(training_order(10, 12, 1, 2, rank, world), 5) for rank in range(world)]
+    whole = take(training_batches(10, 12, seed=1), 7)[2:]
+    shares = [take(training_batches(10, 12, 1, 2, rank, world), 5) for rank in range(world)]
     for n, batch in enumerate(whole):
         assert all(len(share[n]) == 12 // world for share in shares)
         assert [shares[position % world][n][position // world] for position in range(12)] == batch
@@ -500,8 +500,8 @@ def test_processes_share_each_training_batch_wherever_the_run_started(world):
 
 @pytest.mark.parametrize("count, batch_size, world", [
     (10, 3, 1), (10, 3, 3), (2, 5, 4), (12, 4, 3), (0, 4, 2)])
-def test_fixed_order_sees_each_picture_once_over_all_processes(count, batch_size, world):
-    shares = [fixed_order(count, batch_size, (1, 2), rank, world) for rank in range(world)]
+def test_fixed_batches_sees_each_picture_once_over_all_processes(count, batch_size, world):
+    shares = [fixed_batches(count, batch_size, (1, 2), rank, world) for rank in range(world)]
     items = [item for share in shares for batch in share for item in batch]
     assert sorted(items) == [(index, (1, 2)) for index in range(count)]
     for share in shares:
@@ -510,7 +510,7 @@ def test_fixed_order_sees_each_picture_once_over_all_processes(count, batch_size
         assert all(len(batch) == batch_size for batch in share[:-1])
         assert all(0 < len(batch) <= batch_size for batch in share)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert fixed_order(3, 2) == [[(0, None), (1, None)], [(2, None)]]
+    assert fixed_batches(3, 2) == [[(0, None), (1, None)], [(2, None)]]
 
 
 # Loading
@@ -532,11 +532,11 @@ def test_workers_change_nothing(tmp_path):
     dataset = opened(tmp_path, split="train", flip=True)
 
     def batches(workers: int) -> Tensor:
-        loaded = load(dataset, training_order(len(dataset), 4, 3, start=1), CPU, workers)
+        loaded = load(dataset, training_batches(len(dataset), 4, 3, start=1), CPU, workers)
         return torch.stack([batch["image"] for batch in take(loaded, 4)])
 
     assert torch.equal(batches(0), batches(2))
-    expected = np.stack([dataset[item]["image"] for item in take(training_order(len(dataset), 4, 3), 2)[1]])
+    expected = np.stack([dataset[item]["image"] for item in take(training_batches(len(dataset), 4, 3), 2)[1]])
     assert torch.equal(batches(0)[0], torch.from_numpy(expected))
 
 
@@ -550,7 +550,7 @@ def test_a_damaged_picture_and_a_label_too_large_are_named_from_a_worker_too(tmp
             dataset.preparation = Preparation(32, (field,), segments=7)
             dataset.records = [{field: tmp_path / file}]
             with pytest.raises(ValueError, match=match):
-                list(load(dataset, fixed_order(1, 1), CPU, workers))
+                list(load(dataset, fixed_batches(1, 1), CPU, workers))
             assert not multiprocessing.active_children()  # else the garbage collector waits for them later
 
 
@@ -572,7 +572,7 @@ def test_in_training_the_next_picture_stands_in_for_an_unreadable_one_which_is_n
     for workers in (0, 2):
         dataset = opened(tmp_path, split="train", flip=True)
         for _ in range(2):
-            batches = list(load(dataset, fixed_order(12, 6, (0, 0)), CPU, workers))
+            batches = list(load(dataset, fixed_batches(12, 6, (0, 0)), CPU, workers))
             assert [set(batch) for batch in batches] == [{"image"}] * 2
             images = torch.cat([batch["image"] for batch in batches]).numpy()
             assert np.array_equal(images[5], expected) and np.array_equal(images[3], stands_in)
@@ -583,7 +583,7 @@ def test_in_training_the_next_picture_stands_in_for_an_unreadable_one_which_is_n
             for n, name in ((1, "03"), (2, "04"), (3, "11"))]
     break_files(*(tmp_path / "train" / f"{i:02d}.png" for i in (0, 1, 9)))
     with pytest.raises(ValueError, match="^6 of 12 training pictures cannot be read, .* at most 5 may be"):
-        list(load(opened(tmp_path, split="train"), fixed_order(12, 4), CPU, 0))
+        list(load(opened(tmp_path, split="train"), fixed_batches(12, 4), CPU, 0))
     break_files(*tmp_path.glob("train/*.png"))
     with pytest.raises(files.UnreadableError, match="01.png cannot be read"):  # no picture can stand in
         opened(tmp_path, split="train")[1, None]
@@ -612,7 +612,7 @@ def test_workers_leave_signals_to_the_run_and_do_not_outlive_it():
     """A run that ends with a loader still referenced: at exit nothing may wait for its workers."""
     before = signal.getsignal(signal.SIGTERM)
     for workers in (0, 1):
-        batch, = load(Numbers(1, signals=True), fixed_order(1, 1), CPU, workers)
+        batch, = load(Numbers(1, signals=True), fixed_batches(1, 1), CPU, workers)
         assert batch["class"].item() == workers
     assert signal.getsignal(signal.SIGTERM) is before
     program = """if True:

@@ -15,7 +15,7 @@ from PIL import Image
 
 import files
 import run
-from data import fixed_order, load
+from data import fixed_batches, load
 from files import open_depth, open_labels, open_pose, open_rgb, path_hash
 from picture_files import ORANGE, names, noise, opened, save, write
 from scenes import draw_keypoints
@@ -152,7 +152,7 @@ def test_any_file_name_can_be_listed_hashed_and_named_in_one_line(tmp_path, caps
         dataset = opened(folder)
         assert len(dataset.fingerprint()) > 64 and len(dataset.digest()) == 64
         for fails in (lambda: dataset[0, None], lambda: opened(folder, "depth"),
-                      lambda: list(load(dataset, fixed_order(1, 1), torch.device("cpu"), 1))):
+                      lambda: list(load(dataset, fixed_batches(1, 1), torch.device("cpu"), 1))):
             with pytest.raises(SystemExit):
                 run.command_line(fails)
             line = capsys.readouterr().err

@@ -131,7 +131,7 @@ def test_training_is_the_plain_loop_with_warm_up_decay_and_clipping(pictures, fi
               for wanted in (True, False)]
     optimizer = torch.optim.AdamW([{"params": groups[0], "weight_decay": 0.3},
                                    {"params": groups[1], "weight_decay": 0.0}], betas=(0.8, 0.9))
-    batches = data.training_order(16, 4, 4)
+    batches = data.training_batches(16, 4, 4)
     for lr in (0.005, 0.01, *(0.01 * (0.05 + 0.475 * (1 + np.cos(np.pi * i / 4))) for i in range(4))):
         batch = codes[[index for index, _ in next(batches)]]
         inputs = torch.cat([torch.full((4, 1), 16), batch[:, :-1]], 1)  # behind the null token
@@ -176,7 +176,7 @@ def test_a_diverged_run_ends_before_it_is_sampled_from_or_saved_and_names_its_pi
         assert status == 1 and found
         if loss == "train":  # an evaluation has no batch
             names = sorted(path.name for path in (pictures / "train").iterdir())
-            batch = next(data.training_order(3 * len(names), 4, seed=0, start=int(found[1]) - 1))
+            batch = next(data.training_batches(3 * len(names), 4, seed=0, start=int(found[1]) - 1))
             assert found[2] == ", ".join(f"train/{names[i % len(names)]}" for i, _ in batch)
         checkpoint = tmp_path / name / "checkpoint.pt"
         assert before in (None, checkpoint.read_bytes())
@@ -211,7 +211,7 @@ def test_the_log_repeats_the_screen_and_codes_are_computed_once_for_all_orders(
     assert "encoding" not in out  # second_stage has the same codes
     stage = FirstStage.load(first_stage)
     dataset = data.open_dataset("folder", str(pictures), "val", stage.preparation)
-    codes = stage.encode(next(data.load(dataset, data.fixed_order(4, 4), torch.device("cpu"), 0))["image"])
+    codes = stage.encode(next(data.load(dataset, data.fixed_batches(4, 4), torch.device("cpu"), 0))["image"])
     unigram = torch.special.entr(torch.bincount(codes.flatten()) / codes.numel()).sum()
     assert f"baselines: 2.773 nats/token for a uniform guess, {unigram:.3f} for the frequency" in out
     shown = re.search(r"step 2/2 · train (\S+) nats/token · val (\S+) · lr (\S+) · \d+ ms/", out).groups()
@@ -279,7 +279,7 @@ def test_every_condition_trains_what_it_needs_and_is_validated_over_all_image_to
             assert grid.size == (98 * columns - 2, 98 * rows - 2)
             if columns == 5:
                 dataset = data.Scenes("val", data.Preparation(16, (condition,)))
-                values = next(data.load(dataset, data.fixed_order(5, 5), torch.device("cpu"), 0))
+                values = next(data.load(dataset, data.fixed_batches(5, 5), torch.device("cpu"), 0))
                 stage = prior.stages[condition]
                 maps = stage.decode(stage.encode(values[condition])).expand(-1, 3, -1, -1)  # (5, 3, 16, 16)
                 shown = [np.asarray(grid)[98 * i:98 * i + 96:6, :96:6] for i in range(5)]

@@ -80,12 +80,12 @@ def read(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-def open_split(path: Path, split: str, order: list) -> tuple[train_vq.TrainConfig, list[torch.Tensor]]:
+def open_split(path: Path, split: str, items: list) -> tuple[train_vq.TrainConfig, list[torch.Tensor]]:
     """The config of a checkpoint, and the inputs of batches of its data."""
     config = train_vq.TrainConfig(**read(path)["config"])
     dataset = data.open_dataset(config.data, config.data_dir, split, config.preparation)
     channels = read(path)["model_config"]["image_channels"]
-    return config, list(train_vq.load_inputs(dataset, order, config, channels, ALONE.device))
+    return config, list(train_vq.load_inputs(dataset, items, config, channels, ALONE.device))
 
 
 def open_perceptual_loss(config: train_vq.TrainConfig) -> losses.PerceptualLoss | None:
@@ -113,8 +113,8 @@ def test_the_loop_is_its_losses_written_out(plain, full, tmp_path, monkeypatch):
     short = "--perceptual-weight 0.7 --steps 6 --discriminator-start 4 --discriminator-ramp 2".split()
     for i, flags in enumerate((plain, MASKS, [*full, *short])):
         found = train(flags, tmp_path / str(i), *shared)
-        order = list(itertools.islice(data.training_order(16, 4, seed=0), len(log_of(found))))
-        config, batches = open_split(found, "train", order)
+        items = list(itertools.islice(data.training_batches(16, 4, seed=0), len(log_of(found))))
+        config, batches = open_split(found, "train", items)
         perceptual = open_perceptual_loss(config)
         torch.manual_seed(0)
         vq = VQ(config.model(batches[0].shape[1])).to(memory_format=memory_format(torch.device("cpu")))
@@ -261,7 +261,7 @@ def test_masks_depth_maps_and_poses_are_coded_measured_and_go_on_bit_for_bit(
     whole = train(flags, tmp_path / "a")
     interrupt(flags, tmp_path / "b", 5, monkeypatch)
     assert_bit_equal(train(flags, tmp_path / "b", "--resume"), whole)
-    config, (images,) = open_split(whole, "val", data.fixed_order(20, 20))
+    config, (images,) = open_split(whole, "val", data.fixed_batches(20, 20))
     assert images.shape[1] == channels
     line, vq = log_of(whole)[-1], VQ(VQConfig(**read(whole)["model_config"]))
     vq.load_state_dict(read(whole)["model"])
@@ -424,7 +424,7 @@ def test_the_picture_of_use_is_red_for_unused_codes_and_brighter_for_frequent_on
 
 
 def test_a_collapsed_codebook_warns_and_says_what_helps(trained, capsys):
-    config, (images,) = open_split(trained, "val", data.fixed_order(4, 4))
+    config, (images,) = open_split(trained, "val", data.fixed_batches(4, 4))
     config = dataclasses.replace(config, codebook_size=32)
     validation = data.open_dataset("folder", config.data_dir, "val", config.preparation)
     vq = VQ(config.model())
@@ -453,7 +453,7 @@ def test_a_diverged_run_spares_the_checkpoint_and_names_the_step_and_its_picture
         assert status == 1 and found
         if steps == 8:  # an evaluation has no batch
             names = sorted(os.listdir(pictures / "train"))
-            batch = next(data.training_order(16, 4, seed=0, start=int(found[1]) - 1))
+            batch = next(data.training_batches(16, 4, seed=0, start=int(found[1]) - 1))
             assert found[2] == ", ".join(f"train/{names[index]}" for index, _ in batch)
         assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
@@ -478,7 +478,7 @@ def test_an_unreadable_picture_is_skipped_in_training_and_in_validation_found_be
 def test_a_wrong_picture_ends_a_run_after_a_step_that_saves(pictures, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder)
-    third = next(itertools.islice(data.training_order(16, 4, seed=0), 2, None))
+    third = next(itertools.islice(data.training_batches(16, 4, seed=0), 2, None))
     path = sorted((folder / "train").iterdir())[third[0][0]]
     good = path.read_bytes()
     Image.new("RGB", (9, 9)).save(path)

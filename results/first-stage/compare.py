@@ -72,8 +72,8 @@ def main():
     validation = data.open_dataset("cifar10", flags.data_dir, "val", data.Preparation(32))
 
     def batches():
-        order = data.fixed_order(len(validation), 100)
-        for batch in data.load(validation, order, torch.device("cpu"), 0):
+        items = data.fixed_batches(len(validation), 100)
+        for batch in data.load(validation, items, torch.device("cpu"), 0):
             yield data.as_input(batch["image"], "image", 3)
 
     shown, logs = [next(batches())[:10]], {}

@@ -21,7 +21,7 @@ COUNT = 1000
 @torch.no_grad()
 def share_changed(stage: FirstStage) -> float:
     dataset = data.open_dataset(stage.trained_on["data"], stage.trained_on["data_dir"], "val", stage.preparation)
-    images = next(data.load(dataset, data.fixed_order(COUNT, COUNT), torch.device("cpu"), 0))["image"]  # (N, 3, S, S)
+    images = next(data.load(dataset, data.fixed_batches(COUNT, COUNT), torch.device("cpu"), 0))["image"]  # (N, 3, S, S)
     others, codes = images.roll(1, 0), stage.encode(images)  # codes: (N, h, w)
     half, cells = images.shape[2] // 2, codes.shape[1] // 2
     shares = []

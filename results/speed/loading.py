@@ -35,8 +35,8 @@ def write_pictures(folder: Path) -> float:
 
 def images_per_second(dataset, workers: int, clock: Callable[[], float]) -> float:
     """After the first batches, so that neither the workers' start counts nor what they had ready by then."""
-    order = data.fixed_order(len(dataset), 8, (0, 0))
-    batches = data.load(dataset, order, torch.device("cpu"), workers)
+    items = data.fixed_batches(len(dataset), 8, (0, 0))
+    batches = data.load(dataset, items, torch.device("cpu"), workers)
     for _ in range(1 + 4 * workers):
         next(batches)
     began = clock()
