@@ -44,6 +44,10 @@ def configure(presets: dict[str, Any], argv: list[str] | None) -> tuple[Any, dic
     config = override(presets[preset], flags)
     trains = hasattr(config, "resume") and not config.benchmark
     path = config.folder / "checkpoint.pt" if trains else None
+    if path:  # now, not after encoding a data set
+        there = next(filter(Path.exists, path.parents))
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise UsageError(f"{there} is not a folder that may be written to: name another --out")
     if path and path.exists():
         checkpoint = load_checkpoint(path, config.KIND)
         before, done = checkpoint["config"], checkpoint["step"]

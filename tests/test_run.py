@@ -69,6 +69,14 @@ class Optional:
     schedule: str | None = None  # of the learning rate
 
 
+def test_only_a_run_needs_a_folder_that_it_may_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)
+    for out in (tmp_path, tmp_path / "new" / "run"):
+        with pytest.raises(run.UsageError, match=f"^{tmp_path} is not a folder that may be written to: name"):
+            run.configure(train_gpt.PRESETS, ["--out", str(out)])
+        assert run.configure(train_gpt.PRESETS, ["--out", str(out), "--benchmark"])[1] is None
+
+
 def test_a_field_that_is_no_flag_is_named():
     for config in (Unexplained(), Optional()):
         with pytest.raises(TypeError, match="schedule must be int, float, str or bool, with a comment behind"):

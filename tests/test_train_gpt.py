@@ -533,6 +533,7 @@ def test_no_mistake_ends_in_a_traceback(pictures, first_stage, second_stage, tmp
             ([*gpt, "--condition", "class"], 1, "is in no class folder"),
             (here, 2, "already holds a run (4 of 4 steps done); add --resume"),
             (["--resume", "--out", "best"], 2, "holds weights only, as best.pt does: sample from it"),
+            (["--out", first_stage / "new"], 2, f"{first_stage} is not a folder that may be written to: name"),
             (["--benchmark", "--resume"], 2, "--resume has no effect here: a benchmark only"),
             (["--pixels", "--preset", "paper"], 2, "256×256 pixels are too many tokens"),
             (["--resume", "--out", second_stage.parent, "--n-layer", "3"], 2, "n_layer is 3 but the run in")]:
