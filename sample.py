@@ -121,9 +121,9 @@ def main(argv: list[str] | None = None):
     """Sample as the command line says."""
     config, _ = run.configure(PRESETS, argv)
     device = run.start(config).device
-    preset = PRESETS[config.preset].checkpoint
-    if config.benchmark and config.checkpoint == preset and not Path(preset).exists():
-        print(f"{preset} does not exist yet: a model of its size with random weights", flush=True)
+    default = PRESETS[config.preset].checkpoint
+    if config.benchmark and config.checkpoint == default and not Path(default).exists():
+        print(f"{default} does not exist yet: a model of its size with random weights", flush=True)
         prior = train_gpt.untrained_prior(config.preset).to(device)
     else:
         prior = Prior.load(config.checkpoint, device, config.n_head)
