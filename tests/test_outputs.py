@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import time
@@ -215,7 +216,9 @@ def test_a_line_repeats_its_numbers_and_evaluations_do_not_count_as_steps(tmp_pa
     assert second.startswith("step 5/9 · loss 2.5 · 1500 ms/step · 4 tokens/s · ") and "GiB" in second
     assert first.endswith("eta 5m09s") and second.endswith("eta 3m26s")  # which evaluations do lengthen
     assert log.finish() == tmp_path / "checkpoint.pt"
-    assert capsys.readouterr().out.startswith("done in 3m26s · ")
+    assert re.fullmatch(r"done in 3m26s · .*checkpoint.pt · .*step-000009.png\n", capsys.readouterr().out)
+    open_log(tmp_path / "again", first_step=9).finish()
+    assert capsys.readouterr().out.endswith("checkpoint.pt · all steps were done before\n")
 
 
 def test_a_run_goes_on_when_nobody_reads_its_output_any_more(tmp_path, monkeypatch):
