@@ -243,8 +243,7 @@ def writing_order(path: str | Path) -> Tensor:
     Raises ValueError for a conditional model: one with weights under cond_stage_model, or with more positions
     than codes. A class-conditional one has neither: it passes, and as the start token is 0, samples class 0.
     """
-    weights = read(path)
-    positions = weights["transformer.pos_emb"].shape[1]
+    weights, positions = read(path), gpt_sizes(path, n_head=1)["block_size"]
     order = weights.get("permuter.forward_shuffle_idx", torch.arange(positions))  # (T,)
     if not torch.equal(order.sort().values, torch.arange(order.numel())):
         raise ValueError(f"{path} has a permuter.forward_shuffle_idx that is not a permutation")
