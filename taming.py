@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 GROUPS = ("transformer.", "first_stage_model.", "cond_stage_model.", "permuter.")  # of a Net2NetTransformer
-# Beside the weights of a network: the losses, colors of segmentation maps; causal masks.
-IGNORED = re.compile(r"loss\..+|colorize|blocks\.\d+\.attn\.mask")
+IGNORED = {  # in each group beside the network: the losses, colors of segmentation maps; causal masks
+    "first_stage_model.": r"loss\..+|colorize",
+    "transformer.": r"blocks\.\d+\.attn\.mask",
+}
 # The shapes do not tell the number of heads. Heads are 64 wide in most released files, but not in FFHQ's,
 # CelebA-HQ's, COCO-Stuff's and those of the two scene models: (n_layer, n_embd) → n_head.
 RELEASED_HEADS = {(24, 1664): 16, (32, 1280): 16, (36, 1536): 16, (40, 1408): 16}
@@ -107,7 +109,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
 
 def network(path: str | Path, group: str) -> dict[str, Tensor]:
-    """All tensors of one group, without its prefix, `IGNORED` ones too. Raises ValueError; else as `read`."""
+    """The weights of one network, without the prefix of its group. Raises ValueError; otherwise as `read`."""
     weights = read(path)
     if any(key.startswith(GROUPS) for key in weights):
         for key in weights:
@@ -115,7 +117,7 @@ def network(path: str | Path, group: str) -> dict[str, Tensor]:
                 raise ValueError(f"{path} has {key} beside {', '.join(GROUPS)}; this is not a file of "
                                  "taming-transformers' Net2NetTransformer")
         weights = {key.removeprefix(group): value for key, value in weights.items() if key.startswith(group)}
-    return weights
+    return {key: value for key, value in weights.items() if not re.fullmatch(IGNORED[group], key)}
 
 
 def shape(weights: dict[str, Tensor], key: str, dimensions: int, what: str) -> tuple[int, ...]:
@@ -163,7 +165,7 @@ def gpt_sizes(path: str | Path, n_head: int = 0) -> dict:
     vocab_size, n_embd = shape(weights, "tok_emb.weight", 2, what)
     block_size = shape(weights, "pos_emb", 3, what)[1]
     n_layer = count(weights, LAYERS)
-    for key, mask in weights.items():
+    for key, mask in read(path).items():
         if key.endswith(".attn.mask") and (mask.ndim < 2 or not mask.equal(torch.ones_like(mask).tril())):
             raise ValueError(f"{path} has a {key} that is not causal (n_unmasked); only causal transformers "
                              "can be read")
@@ -231,9 +233,8 @@ def gather(path: str | Path, weights: dict[str, Tensor], ours: dict[str, Tensor]
                 raise ValueError(f"{path} has NaN or infinite values in {key}: its training has diverged")
         parts = [weights.pop(key) for key in keys]
         gathered[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    left = [key for key in weights if not IGNORED.fullmatch(key)]
-    if left:
-        raise ValueError(f"{path} has {min(left)}, for which there is no place in our network")
+    if weights:
+        raise ValueError(f"{path} has {min(weights)}, for which there is no place in our network")
     return gathered
 
 
