@@ -24,8 +24,8 @@ def read_cifar10(directory: Path, split: str) -> ndarray:
         file = folder / name
         size = file.stat().st_size if file.is_file() else 0
         if size != 10_000 * 3073:
-            raise ValueError(f"{file} has {size:,} bytes instead of 30,730,000: remove its folder, and the "
-                             "archive is unpacked again, or fetched")
+            raise ValueError(f"{file} has {size:,} bytes instead of 30,730,000: remove "
+                             f"{folder / 'test_batch.bin'}, and the archive is unpacked again, or fetched")
         parts.append(np.fromfile(file, np.uint8).reshape(10_000, 3073))
     return np.concatenate(parts)
 

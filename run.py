@@ -25,8 +25,7 @@ from torch import Tensor
 
 from outputs import announce, load_checkpoint, printable
 
-# Ctrl-C, kill, and a terminal that is closed, for which Windows has no signal.
-STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+STOP_SIGNALS = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # if there
 
 
 class UsageError(ValueError):
@@ -45,8 +44,8 @@ def configure(presets: dict[str, Any], argv: list[str] | None) -> tuple[Any, dic
     trains = hasattr(config, "resume") and not config.benchmark
     path = config.folder / "checkpoint.pt" if trains else None
     if path:  # now, not after encoding a data set
-        there = next(filter(Path.exists, path.parents))
-        if not there.is_dir() or not os.access(there, os.W_OK):
+        there = next(filter(os.path.exists, path.parents), Path())
+        if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
             raise UsageError(f"{there} is not a folder that may be written to: name another --out")
     if path and path.exists():
         checkpoint = load_checkpoint(path, config.KIND)
@@ -235,37 +234,38 @@ class Due(NamedTuple):
 def steps(config: Any, process: Process, first_step: int, batches: Iterator) -> Iterator[tuple]:
     """(step, batch, due) of the steps after `first_step`, counted from 1; what is due comes after the step.
 
-    Ctrl-C, SIGTERM and an error in the next batch, like a wrong picture, are deferred: one more step is made,
-    which saves, then KeyboardInterrupt or that error is raised.
+    Ctrl-C, SIGTERM and an error in the next batch, like a wrong picture, are deferred: one more step is made
+    (on several GPUs up to ten), which saves, then KeyboardInterrupt or that error is raised.
     """
     if process.rank > 0:  # else all would drop out the same activations
         torch.manual_seed(hash((config.seed, first_step, process.rank)) % 2**63)
-    path = config.folder / "checkpoint.pt"
+    step, error, needed = first_step, None, itertools.islice(batches, config.steps - first_step)
     with deferred_signals() as received:
-        for step, (batch, error) in zip(range(first_step + 1, config.steps + 1), look_ahead(batches)):
+        for step, (batch, error) in zip(range(first_step + 1, config.steps + 1), look_ahead(needed)):
             last, stop = step == config.steps, bool(received or error)
             if process.world > 1:  # all must agree; asking synchronizes a GPU: there every tenth step
                 stop = (step % 10 == 0 or process.device.type == "cpu") and process.any(stop)
             evaluate = last or step % config.eval_every == 0
             save = last or stop or step % config.checkpoint_every == 0
             yield step, batch, Due(evaluate, evaluate or save or step % config.log_every == 0, save)
-            if stop and not last:
-                error = next(filter(None, process.share(error)), None)  # the first tells another's, too
-                done = f"stopped after step {step} of {config.steps}; {path} is saved, --resume goes on"
-                if error:
-                    announce(done)
-                raise error or KeyboardInterrupt(done)
-    if process.any(bool(received)):  # in the last steps: train_gpt.py, if it called this, must stop as well
-        raise KeyboardInterrupt(f"stopped after the last step; {path} is saved")
+            if stop:
+                break
+    if process.any(bool(received or error)):  # after the last step, too: train_gpt.py may have called this
+        path, texts = config.folder / "checkpoint.pt", list(filter(None, process.share(error and str(error))))
+        done = f"stopped after step {step} of {config.steps}; {path} is saved, --resume goes on"
+        if texts:
+            announce(done)  # and the first process, which alone is heard, tells another's error
+        raise error or (ValueError(texts[0]) if texts else KeyboardInterrupt(done))
 
 
-def look_ahead(batches: Iterator[Any]) -> Iterator[tuple[Any, Exception | None]]:
-    """Each of endless batches, and the error in the next one; from such an error on always the same pair."""
+def look_ahead(batches: Iterator) -> Iterator[tuple[Any, Exception | None]]:
+    """Each batch, and the error in the next one; from such an error on always the same pair."""
     batch = next(batches)
     try:
         for following in batches:
             yield batch, None
             batch = following
+        yield batch, None
     except Exception as error:  # whatever it is, the steps until now must be saved
         yield from itertools.repeat((batch, error))
 

@@ -48,7 +48,7 @@ class SampleConfig:
     n_head: int = 0  # attention heads in a file of the authors', which does not store them; 0: as released
     out: str = "samples.png"  # a picture's name: all samples in one grid; else a folder for numbered files
     animate: str = ""  # also write this .gif of the first samples being filled code by code
-    benchmark: bool = False  # only measure speed; before --preset NAME is trained: of random weights
+    benchmark: bool = False  # only measure speed; of random weights if the preset's checkpoint is missing
 
     class_: str = ""  # names of classes, or numbers if no name is one, with commas: a row of samples each
     condition: str = ""  # mask, depth map, pose or key points, or a folder of them: a row of samples each
@@ -58,7 +58,7 @@ class SampleConfig:
     hide: bool = False  # grey out the part to be completed before encoding: else the kept codes leak it
     scales_from: str = ""  # picture or folder whose 0, 1, 2, … coarsest scales are kept: a row each, §3
 
-    count: int = 0  # samples of each class or file named; else in all, rows of conditions full; 0: 4, or 64
+    count: int = 0  # samples of each class or file (0: 4), else in all, in whole rows of conditions (0: 64)
     size: str = ""  # HEIGHTxWIDTH in pixels, larger than in training, by a sliding window
     batch_size: int = 64  # samples drawn at a time
     seed: int = 0  # of the samples

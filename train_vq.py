@@ -227,16 +227,17 @@ def main(argv: list[str] | None = None) -> Path | None:
              f"({config.target}) of {channels}×{S}×{S} → {side}×{side} of {config.codebook_size} codes · "
              f"{sum(x.numel() for x in vq.parameters()):,} parameters · {device} · {config.folder}")
     items = data.training_batches(len(training), config.batch_size, config.seed, first_step, rank, world)
-    batches = load_inputs(training, items, config, channels, device)
+    batches = data.load(training, items, device, config.workers)
     if config.benchmark:  # with all losses, as in the last step
-        images = next(batches)
+        images = data.as_input(next(batches)[config.target], config.target, channels)
         return benchmark_training(lambda: train_step(images, config.steps, config.lr), config, device,
                                   "images", 1)
     log = Log(config, process, first_step, "images", config.batch_size,
               lambda step: data.name_batch(training, 1, config.batch_size, config.seed, step))
     scores = {}
-    for step, images, due in run.steps(config, process, first_step, batches):
+    for step, batch, due in run.steps(config, process, first_step, batches):
         lr = run.set_learning_rate(optimizer, config, step)
+        images = data.as_input(batch[config.target], config.target, channels)  # (B, C, H, W)
         log.add(step, train_step(images, step, lr))
 
         # means() and check() raise if the run has diverged, before anything is drawn or saved.
@@ -294,7 +295,7 @@ def open_adversary(config: TrainConfig, channels: int, process: run.Process) -> 
 
 
 def status_text(numbers: dict[str, float], codebook_size: int) -> str:
-    """The status line's account of the losses, of this run or of your own, and of the last evaluation."""
+    """The status line's account of the losses and the last evaluation; numbers not known here come last."""
     texts = {
         "l1": "train L1 {:.4f}", "cross_entropy": "train {:.4f} nats/pixel", "perceptual": " + LPIPS {:.4f}",
         "vq": " + vq {:.4f}", "lambda": " · λ {:.3g}", "discriminator": " · discriminator {:.3f}",
@@ -302,8 +303,9 @@ def status_text(numbers: dict[str, float], codebook_size: int) -> str:
         "val_cross_entropy": " · val {:.4f} nats/pixel", "val_accuracy": ", {:.2%} of labels right",
         "val_lpips": " LPIPS {:.4f}", "codes_used": f" · {{}} of {codebook_size} codes in use",
         "perplexity": ", perplexity {:.0f}", "lr": " · lr {:.1e}"}
-    names = [name for name in dict.fromkeys((*texts, *numbers)) if name in numbers]
-    return "".join(texts.get(name, f" · {name} {{:.4g}}").format(numbers[name]) for name in names)
+    known = [name for name in texts if name in numbers]
+    others = [name for name, value in numbers.items() if name not in texts and isinstance(value, float)]
+    return "".join(texts.get(name, f" · {name} {{:.4g}}").format(numbers[name]) for name in known + others)
 
 
 @torch.no_grad()

@@ -240,6 +240,7 @@ def test_logged_values_are_means_since_the_last_line_and_a_diverged_one_is_named
     for step, value in enumerate((1.0, 2.0, 6.0), 1):
         log.add(step, {"loss": torch.tensor(value, requires_grad=True)})
     log.add(4, {"rare": torch.tensor(5.0)})
+    assert not any(value.requires_grad for added in log.added.values() for value in added.values())
     assert log.means() == {"loss": 3.0, "rare": 5.0} and log.means() == {}
     log.add(5, {})
     log.line(5, "", {})

@@ -149,7 +149,7 @@ def test_a_signal_is_noted_and_the_next_step_saves_and_ends_the_run(tmp_path, ha
     config = dataclasses.replace(DEMO, steps=9, out=str(tmp_path), log_every=99, checkpoint_every=99)
     for number in handled:
         for at, saved, sentence in [(3, [4], "stopped after step 4 of 9; .*pt is saved, --resume goes on"),
-                                    (8, [9], "stopped after the last"), (9, [9], "stopped after the last")]:
+                                    (8, [9], "stopped after step 9 of 9"), (9, [9], "stopped after step 9")]:
             seen = []
             with pytest.raises(KeyboardInterrupt, match=sentence):
                 for step, _, due in run.steps(config, ALONE, 0, FOREVER):
@@ -186,27 +186,29 @@ def test_processes_stop_at_the_same_step_and_on_gpus_ask_each_other_only_at_ever
 
 
 def test_an_error_in_the_next_batch_waits_for_a_step_that_saves(tmp_path, capsys):
-    class OnGPUs(run.Process):  # of which another one meets the error
+    class OnGPUs(run.Process):  # of which one meets the error, and all stop at a tenth step or the last
         def any(self, flag):
             return step >= 4
 
         def share(self, value):
-            return [value, OSError("a.png has vanished")]
+            return [value, "a.png has vanished"]
 
     def batches(count: int):
         yield from range(1, count + 1)
         raise OSError("a.png has vanished")
 
-    config = dataclasses.replace(DEMO, steps=30, out=str(tmp_path), log_every=99, checkpoint_every=99)
     on_gpus = OnGPUs(torch.device("cuda"), 0, 2)
-    for process, count, last in ((ALONE, 4, 4), (on_gpus, 4, 10), (on_gpus, 99, 10)):  # all at a tenth step
+    for process, steps, count, last, kind in (
+            (ALONE, 30, 4, 4, OSError), (ALONE, 5, 4, 4, OSError), (on_gpus, 30, 4, 10, OSError),
+            (on_gpus, 10, 4, 10, OSError), (on_gpus, 6, 4, 6, OSError), (on_gpus, 30, 99, 10, ValueError)):
+        config = dataclasses.replace(DEMO, steps=steps, out=str(tmp_path), log_every=99, checkpoint_every=99)
         seen, step = [], 0
-        with pytest.raises(OSError, match="a.png has vanished"):
+        with pytest.raises((kind, KeyboardInterrupt)) as raised:
             for step, batch, due in run.steps(config, process, 0, batches(count)):
                 assert batch == min(step, count)
                 seen += [step] if due.save else []
-        assert seen == [last]
-        shown = f"stopped after step {last} of 30; {tmp_path / 'checkpoint.pt'} is saved, --resume goes on\n"
+        assert (raised.type, str(raised.value), seen) == (kind, "a.png has vanished", [last])
+        shown = f"stopped after step {last} of {steps}; {tmp_path / 'checkpoint.pt'} is saved, --resume goes on\n"
         assert capsys.readouterr().out == shown
     with pytest.raises(OSError, match="a.png has vanished"):
         next(run.steps(config, ALONE, 0, batches(0)))

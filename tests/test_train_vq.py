@@ -437,7 +437,7 @@ def test_a_collapsed_codebook_warns_and_says_what_helps(trained, capsys):
 
 
 def test_a_loss_of_your_own_is_in_the_status_line():
-    numbers = {"edges": 0.25, "l1": 0.5, "lr": 1e-3}
+    numbers = {"edges": 0.25, "by_class": [0.5], "l1": 0.5, "lr": 1e-3}
     assert train_vq.status_text(numbers, 256) == "train L1 0.5000 · lr 1.0e-03 · edges 0.25"
 
 
