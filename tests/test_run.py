@@ -70,7 +70,7 @@ class Optional:
 
 
 def test_only_a_run_needs_a_folder_that_it_may_write(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path or not mode & os.X_OK)
     for out in (tmp_path, tmp_path / "new" / "run"):
         with pytest.raises(run.UsageError, match=f"^{tmp_path} is not a folder that may be written to: name"):
             run.configure(train_gpt.PRESETS, ["--out", str(out)])
