@@ -299,10 +299,10 @@ def load(dataset, items: Iterable[list[tuple[int, Key]]], device: torch.device,
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = min(8, cores) if isinstance(dataset, Files) else 0
     if workers:  # before they start, for that may fail midway
+        atexit.unregister(run.kill_workers)
         atexit.register(run.kill_workers)
-    batches = iter(DataLoader(dataset, batch_sampler=items, num_workers=workers,
-                              pin_memory=device.type == "cuda", collate_fn=collate,
-                              worker_init_fn=run.ignore_signals,
+    batches = iter(DataLoader(dataset, batch_sampler=items, num_workers=workers, collate_fn=collate,
+                              pin_memory=device.type == "cuda", worker_init_fn=run.ignore_signals,
                               generator=torch.Generator()))  # not the run's own
     try:
         for batch, unreadable in batches:

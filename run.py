@@ -139,9 +139,10 @@ def learning_rate(config: Any, step: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Any, step: int) -> float:
+    lr = learning_rate(config, step)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
-    return learning_rate(config, step)
+        group["lr"] = lr
+    return lr
 
 
 class Process(NamedTuple):
@@ -308,15 +309,13 @@ def explain(error: BaseException) -> tuple[int, str]:
     text, kind = str(error).strip(), type(error).__name__
     if isinstance(error, KeyboardInterrupt):
         return 130, text or "interrupted; checkpoints and finished code caches are intact"
-    if isinstance(error, UsageError):
-        return 2, text
     if isinstance(error, BrokenPipeError):
         return 1, "the program that reads the output has ended, and so has this one"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of stdout's file, or a library's
         return 1, f"{error.filename or 'the output'} could not be written ({error.strerror}): make room"
     if isinstance(error, (ValueError, OSError)):
         # An error in a worker process arrives with that process's traceback in front of the sentence.
-        return 1, re.split(r"(?m)^[\w.]+Error: ", text)[-1] or kind
+        return (2 if isinstance(error, UsageError) else 1), re.split(r"(?m)^[\w.]+Error: ", text)[-1] or kind
     reason = text.partition("\n")[0]
     if torch.distributed.is_initialized() and (  # gloo's errors have no type of their own
             isinstance(error, torch.distributed.DistError) or re.search("(?i)gloo|peer", text)):
@@ -339,7 +338,8 @@ def command_line(main: Callable[[], None]):
     except (KeyboardInterrupt, ValueError, OSError, RuntimeError, MemoryError) as error:
         status, message = explain(error)
     if message and (first or status != 130):
-        time.sleep(0 if first else 3)  # of a mistake that all ranks make, one tells; torchrun ends the others
+        if not first:
+            time.sleep(3)  # rank 0 reports a mistake that all ranks make; torchrun then ends the others
         with contextlib.suppress(OSError):  # of `2>&1 | tee`, which Ctrl-C ends first
             print(f"{Path(sys.argv[0]).name}: {printable(message)}", file=sys.stderr, flush=True)
     if torch.distributed.is_initialized():

@@ -227,14 +227,14 @@ def main(argv: list[str] | None = None) -> Path | None:
              f"({config.target}) of {channels}×{S}×{S} → {side}×{side} of {config.codebook_size} codes · "
              f"{sum(x.numel() for x in vq.parameters()):,} parameters · {device} · {config.folder}")
     items = data.training_batches(len(training), config.batch_size, config.seed, first_step, rank, world)
-    batches = data.load(training, items, device, config.workers)
     if config.benchmark:  # with all losses, as in the last step
-        images = data.as_input(next(batches)[config.target], config.target, channels)
+        images = next(load_inputs(training, items, config, channels, device))
         return benchmark_training(lambda: train_step(images, config.steps, config.lr), config, device,
                                   "images", 1)
     log = Log(config, process, first_step, "images", config.batch_size,
               lambda step: data.name_batch(training, 1, config.batch_size, config.seed, step))
     scores = {}
+    batches = data.load(training, items, device, config.workers)
     for step, batch, due in run.steps(config, process, first_step, batches):
         lr = run.set_learning_rate(optimizer, config, step)
         images = data.as_input(batch[config.target], config.target, channels)  # (B, C, H, W)

@@ -501,7 +501,7 @@ def test_processes_share_each_training_batch_wherever_the_run_started(world):
 
 @pytest.mark.parametrize("count, batch_size, world", [
     (10, 3, 1), (10, 3, 3), (2, 5, 4), (12, 4, 3), (0, 4, 2)])
-def test_fixed_batches_sees_each_picture_once_over_all_processes(count, batch_size, world):
+def test_fixed_batches_hold_each_picture_once_over_all_processes(count, batch_size, world):
     shares = [fixed_batches(count, batch_size, (1, 2), rank, world) for rank in range(world)]
     items = [item for share in shares for batch in share for item in batch]
     assert sorted(items) == [(index, (1, 2)) for index in range(count)]
