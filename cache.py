@@ -21,7 +21,7 @@ from stages import Stages
 
 @dataclass(frozen=True)
 class Views:
-    """Codes of N pictures in several views (augmentations), memory maps (N, …), indexed as (views · N, …)."""
+    """Codes of N pictures in several views (augmentations), memory maps (N, …); index i: view i // N."""
     dataset: Any  # of these pictures
     arrays: list[np.ndarray]
 
@@ -37,9 +37,9 @@ def cached_codes(config: Any, split: str, dataset, stages: Stages, process: run.
     """Codes of each field of a data set, each view (N, h, w) uint16; of a class (N,).
 
     Training pictures have `config.views` views, the first without augmentation; others have only that one.
-    Each view has a file for each field, complete or absent, whose name is the hash of all that its codes
-    depend on: network, pictures, augmentation. So a stale file is never read, runs of all orders share one,
-    and more views add files. All fields are encoded in one pass, by all processes of the run.
+    Each view has a file for each field, complete or absent, whose name is the hash of network, pictures and
+    augmentation. So runs of all orders share a file, more views add files, and none becomes stale, unless
+    this code is changed (README). All fields are encoded in one pass, by all processes of the run.
     Raises OSError for a full disk, ValueError for a damaged file.
     """
     N, keys = len(dataset), [None]  # each view's augmentation key

@@ -85,7 +85,7 @@ def restart_dead_codes(vq: nn.Module, optimizer: torch.optim.Optimizer, uses: Te
 def codebook_use(counts: Tensor) -> tuple[int, float]:
     """Counts of each code (K,) → the number of codes used, and their perplexity exp(entropy), 1 to K.
 
-    Warns of a codebook of which less than 5 % is used.
+    Warns if less than 5 % of the codes are used (5 % of the count, if that is below K).
     """
     used = int((counts > 0).sum())
     if used < 0.05 * min(len(counts), int(counts.sum())):

@@ -134,7 +134,7 @@ class Files:
         return len(self.records)
 
     def __getitem__(self, item: tuple[int, Key]) -> dict[str, ndarray]:
-        """In training also "unreadable", if the next picture had to stand in: {index: sentence}."""
+        """The fields; in training, if files were skipped, also "unreadable": {index: error message}."""
         index, key = item
         random = augmentation_rng(key, index) if self.train and key is not None else None
         unreadable = {}
@@ -149,7 +149,7 @@ class Files:
         raise UnreadableError(f"{len(unreadable)} pictures in a row cannot be read; {unreadable[index]}")
 
     def report(self, unreadable: dict[int, str]):
-        """Name each file once, with a running count. ValueError for more than five and one in 100."""
+        """Print each file once, with a running count. ValueError for more than max(5, 1 %) of the files."""
         for index, sentence in unreadable.items():
             if index not in self.unreadable:
                 self.unreadable.add(index)
@@ -160,7 +160,7 @@ class Files:
                              f"at most {self.tolerated} may be skipped: remove or replace those named above")
 
     def segments(self, most: int | None = None) -> int:
-        """Labels of the masks: one more than the largest, for which all are read, or the first `most`."""
+        """Number of labels: 1 + the largest in all masks, or in the first `most`; 151 for ADE20K."""
         if self.layout == "ade20k":
             return ADE20K_SEGMENTS
         seen, own = np.zeros(NO_LABEL + 1, bool), self.preparation
@@ -195,9 +195,9 @@ class Files:
 
 def prepare(record: Record, preparation: Preparation, random: np.random.Generator | None,
             shape: tuple[int, int] | None = None) -> dict[str, ndarray]:
-    """The fields of a record, the same S×S pixels (or those of another shape) of each, resized to cover them.
+    """Resize a record's fields to cover S×S (or `shape`, (H, W)), and take the same crop and flip of each.
 
-    At a random place, and with `flip` mirrored half of the time; without `random` in the center. ValueError.
+    Random crop (and flip, if `preparation.flip`), or with random=None the center. Raises ValueError.
     """
     fields = [field for field in FIELDS if field in preparation.fields] or ["image"]  # the image first
     H, W = shape or (preparation.size, preparation.size)
@@ -228,10 +228,10 @@ def prepare(record: Record, preparation: Preparation, random: np.random.Generato
 
 def read_field(path: Path, field: str, preparation: Preparation,
                shape: tuple[int, int] | None = None) -> Tensor:
-    """A user's file as validation would see it, (1, ...) as in a batch; ValueError for what is no such file.
+    """One file, prepared as in validation: the field as a batch of one (dtypes: see top). Raises ValueError.
 
-    Of another `shape`, (H, W), than S×S if that is given. Key points (.npy) are pixels of that picture here,
-    for there is no image that they could be of.
+    `shape` (H, W) replaces S×S. Key points (.npy) are in pixels of the output, as there is no image whose
+    pixels they could be in.
     """
     values = prepare({field: path}, replace(preparation, fields=(field,)), None, shape)[field]
     return torch.from_numpy(values)[None]
@@ -265,7 +265,7 @@ def training_batches(count: int, batch_size: int, seed: int, start: int = 0, ran
                      world: int = 1) -> Iterator[list[tuple[int, Key]]]:
     """Batches of (index, key) without end, from batch number `start` on: a new permutation for each epoch.
 
-    Of each batch of `batch_size`, process `rank` of `world` gets every world-th element.
+    `batch_size` is the total; process `rank` of `world` gets every world-th element of each batch.
     """
     first, position = divmod(start * batch_size, count)  # epoch, and position in it
     items = ((int(index), (seed, epoch)) for epoch in itertools.count(first)
@@ -287,7 +287,7 @@ def name_batch(dataset, views: int, batch_size: int, seed: int, step: int) -> st
 
 def fixed_batches(count: int, batch_size: int, key: Key = None, rank: int = 0,
                   world: int = 1) -> list[list[tuple[int, Key]]]:
-    """Each picture once, in order, in batches of up to `batch_size`: for validation and the code cache."""
+    """Each picture once, in order: a process's share, in batches of up to `batch_size` per process."""
     mine = range(rank, count, world)
     return [[(index, key) for index in mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
 
@@ -315,7 +315,7 @@ def load(dataset, items: Iterable[list[tuple[int, Key]]], device: torch.device,
 
 
 def collate(items: list[dict]) -> tuple[dict[str, Tensor], dict[int, str]]:
-    """A batch of items, and apart from it which files of theirs are unreadable."""
+    """The batch, and {index: error message} of the unreadable files that it skipped."""
     unreadable = {i: text for item in items for i, text in item.pop("unreadable", {}).items()}
     return default_collate(items), unreadable
 
@@ -329,9 +329,9 @@ def check_files(dataset, rank: int, world: int, workers: int):
 
 
 def as_input(values: Tensor, field: str, channels: int) -> Tensor:
-    """A field of a batch for a first stage, (B, C, H, W) float32 in [−1, 1]; pictures that are so stay.
+    """A field of a batch → first-stage input (B, C, H, W) float32 in [−1, 1]; float pictures pass through.
 
-    Masks (B, H, W) become one-hot; pixels without a label are 0 in all channels.
+    Masks (B, H, W) become one-hot, 0 or 1; pixels without a label are 0 in all channels.
     """
     if field == "segmentation":
         labels = torch.arange(channels, device=values.device)[:, None, None]
@@ -341,7 +341,7 @@ def as_input(values: Tensor, field: str, channels: int) -> Tensor:
 
 
 def as_pictures(inputs: Tensor, field: str) -> Tensor:
-    """Inputs or outputs (B, C, H, W) to look at, in [−1, 1]: a colour for each label, black for none."""
+    """Inputs or outputs (B, C, H, W) → (B, 1 or 3, H, W) to show: a colour per label, black for none."""
     if field != "segmentation":
         return inputs
     colours = torch.tensor([colorsys.hsv_to_rgb(0.381966 * i % 1, 0.4 + 0.2 * (i % 4), 1 - 0.15 * (i % 3))

@@ -92,7 +92,7 @@ def pair_by_stem(folders: dict[str, Path]) -> dict[Path, Record]:
 
     Raises FileNotFoundError or ValueError if a folder is missing or empty, a file alone or doubled.
     """
-    files = {field: {} for field in folders}  # field → path below its folder, without suffix → with it
+    files = {field: {} for field in folders}  # field → {relative path without suffix: with suffix}
     for field, folder in folders.items():
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder; {field} files are expected there")
@@ -178,7 +178,7 @@ def unclear(folder: Path, places: list[Path] | None = None) -> ValueError:
 
 
 def path_hash(path: Path) -> int:
-    """A number that depends on a name without its suffix: adding files changes the split of no other."""
+    """A number from the name without suffix: added files move no other, unless only one was held out."""
     return int(hashlib.sha256(os.fsencode(path.with_suffix("").as_posix())).hexdigest(), 16)
 
 

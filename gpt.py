@@ -45,7 +45,7 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Raises ValueError for what no distribution can be sampled with."""
+    """How tokens are drawn. Raises ValueError for values out of range."""
     temperature: float = 1.0  # §A.1
     top_k: int = 100  # §A.1; 0: all
     top_p: float = 1.0
@@ -64,7 +64,7 @@ class Sampling:
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, in memory allocated once for `capacity` positions."""
+    """Keys and values of the tokens so far, allocated once for `capacity` positions on `weight`'s device."""
 
     def __init__(self, config: GPTConfig, batch: int, capacity: int, weight: Tensor):
         device = weight.device.type
@@ -76,7 +76,7 @@ class KeyValueCache:
         self.length = 0  # positions filled
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Write one layer's new positions; let them look at all: (B, heads, T, d) each → (B, heads, T, d)."""
+        """Append a layer's new keys and values, attend to all: (B, heads, T, d) each → (B, heads, T, d)."""
         end = self.length + key.shape[2]
         assert end <= self.keys.shape[3], f"{end} tokens in a cache for {self.keys.shape[3]}"
         self.keys[layer, :, :, self.length:end] = key
@@ -84,14 +84,14 @@ class KeyValueCache:
         return causal_attention(query, self.keys[layer, :, :, :end], self.values[layer, :, :, :end])
 
 
-capture_stream = functools.cache(torch.cuda.Stream)  # one a device: cuBLAS keeps a workspace for each stream
+capture_stream = functools.cache(torch.cuda.Stream)  # one per device: cuBLAS keeps a workspace per stream
 
 
 class CapturedStep:
-    """A decoding step recorded as a CUDA graph: its launches, which take longer than their work, become one.
+    """A decoding step as a CUDA graph, since launching its kernels takes longer than running them.
 
-    It goes on with a cache, whose length now lies in GPU memory, where each replay reads and increments it.
-    For one thread at a time: the graph reads autocast's copies of the weights, which any thread may free.
+    Continues a KeyValueCache; its length is a tensor on the GPU, which each replay reads and increments.
+    Not thread-safe: the graph reads autocast's cached weight copies, which another thread may free.
     """
 
     def __init__(self, gpt: "GPT", cache: KeyValueCache):
@@ -185,7 +185,7 @@ class GPT(nn.Module):
     def from_taming(cls, path: str | Path, n_head: int = 0) -> "GPT":
         """The transformer in a file of the authors' taming-transformers, as a model without dropout.
 
-        The file does not tell the number of heads. 0: that of the released model of this size, else heads 64
+        The file does not store n_head. 0: that of the released model of this size, else heads 64
         wide. Raises FileNotFoundError; ValueError for another file, or a network unlike ours.
         """
         gpt = cls(GPTConfig(**taming.gpt_sizes(path, n_head)))
@@ -231,10 +231,10 @@ class GPT(nn.Module):
         each token: the same tokens, slower (results/efficiency). Classifier-free guidance takes the logits
         null + guidance·(conditional − null), where `null_prefix` (B, P) has no condition: one batch of both.
         `captured`: on a GPU the steps with the cache become a CUDA graph, which draws the same tokens.
-        Threads may share a model in eval mode on a CPU. Raises ValueError for an empty prefix, or if
-        P + steps − 1 positions do not fit `block_size`.
+        Threads may share a model in eval mode on a CPU. Raises ValueError for values out of range, an empty
+        prefix, guidance without null_prefix, or P + steps − 1 positions above `block_size`.
         """
-        Sampling(temperature, top_k, top_p, guidance)  # raises for what cannot be sampled with
+        Sampling(temperature, top_k, top_p, guidance)  # raises ValueError for values out of range
         batch, P = prefix.shape
         V, training, tokens = self.config.vocab_size, self.training, prefix
         if P == 0:
@@ -251,7 +251,7 @@ class GPT(nn.Module):
                 raise ValueError("guidance needs a null_prefix of the prefix's shape")
             tokens = torch.cat([prefix, null_prefix])  # (2B, P)
         cache = KeyValueCache(self.config, len(tokens), P + steps, self.head.weight) if cached else None
-        captured = (captured and cached and steps > 8  # recording takes longer than two steps
+        captured = (captured and cached and steps > 8  # fewer do not repay recording
                     and kernels_fit(prefix.device, self.config.n_embd // self.config.n_head))
         self.eval()
         try:

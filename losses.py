@@ -251,7 +251,7 @@ class Adversary:
         """One step of D on images and reconstructions (B, C, H, W): its loss and mean logits, for the log.
 
         Two passes, as in VQGAN: neither batch is normalized by the other's statistics. Gradients are averaged
-        here, as DistributedDataParallel by default also broadcasts BatchNorm's buffers before each pass.
+        by hand: DistributedDataParallel would also broadcast BatchNorm's buffers before each pass.
         """
         real = self.discriminator(images)  # (B, 1, h', w')
         fake = self.discriminator(reconstructions.detach())
@@ -271,7 +271,7 @@ class Adversary:
                 "start": self.start, "ramp": self.ramp}
 
     def load_state_dict(self, state: dict, step: int):
-        """Resume after `step`. A schedule that has begun is kept; before that the new run's holds."""
+        """Resume after `step`: keep a schedule that had begun, else take the new flags', from step + 1 on."""
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["start"] <= step:
@@ -289,7 +289,7 @@ def mask_loss(one_hot: Tensor, logits: Tensor, labelled: Tensor) -> Tensor:
 
 
 def score_images(images: Tensor, reconstructions: Tensor, perceptual: PerceptualLoss | None) -> Tensor:
-    """Sum of L1, sum of LPIPS (clamped to [−1, 1]; 0 without) and number of images (B, C, H, W): (3,)."""
+    """Of images (B, C, H, W): sum of L1, sum of LPIPS (0 without; x̂ clamped to [−1, 1]), and B: (3,)."""
     l1 = (reconstructions - images).abs().mean((1, 2, 3)).sum()
     lpips = perceptual(images, reconstructions.clamp(-1, 1)).sum() if perceptual else torch.zeros_like(l1)
     return torch.stack([l1, lpips, torch.full_like(l1, len(images))])

@@ -77,7 +77,7 @@ def spiral(height: int, width: int) -> Tensor:
 
 
 def zcurve(height: int, width: int) -> Tensor:
-    """Quadrant by quadrant (Morton code), which keeps neighbours together; squares of a power of two.
+    """Quadrant by quadrant (Morton code): neighbours stay together. ValueError unless 2ⁿ×2ⁿ.
 
     >>> ranks(zcurve(4, 4), 4, 4)
     tensor([[ 0,  1,  4,  5],
@@ -90,7 +90,7 @@ def zcurve(height: int, width: int) -> Tensor:
 
 
 def subsample(height: int, width: int) -> Tensor:
-    """Every second row and column first, so that a prefix is a small version; squares of a power of two.
+    """Every second row and column first: a prefix is a small version. ValueError unless 2ⁿ×2ⁿ.
 
     The same recursion as `zcurve`, over the four interleaved quarters instead of the four quadrants.
 
@@ -143,7 +143,7 @@ def roll_up(sequence: Tensor, p: Tensor, height: int, width: int) -> Tensor:
 
 
 @cache
-def permutation(order: str, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+def cached_order(order: str, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """`ORDERINGS[order]`, made once for each size and device: (height*width,) int64."""
     return ORDERINGS[order](height, width).to(device)
 
@@ -221,7 +221,7 @@ class TokenLayout:
 
         `condition` has B rows of P codes, in any shape, in [0, C); −1 stands for the null token. Without one
         all tokens are the null token, which starts an unconditional sequence. Raises ValueError for another
-        number of rows or codes, or if the model has no condition; the codes' values are not looked at.
+        number of rows or codes, or if the model has no condition; the codes' values are not checked.
         """
         P, null = self.prefix_length, self.codebook_size + self.condition_size
         if condition is None:
@@ -238,7 +238,7 @@ class TokenLayout:
 
     def image_tokens(self, grids: list[Tensor]) -> Tensor:
         """Codes in the order in which they are predicted: grids coarse to fine, (B, h, w) each → (B, T)."""
-        return torch.cat([unroll(codes, permutation(self.order, *size, codes.device))
+        return torch.cat([unroll(codes, cached_order(self.order, *size, codes.device))
                           for codes, size in zip(grids, self.sizes, strict=True)], 1)
 
     def tokens(self, grids: list[Tensor], condition: Tensor | None) -> Tensor:
@@ -249,7 +249,7 @@ class TokenLayout:
     def grids(self, image_tokens: Tensor) -> list[Tensor]:
         """Inverse of `image_tokens`, also for losses or ranks: (B, T) → grids coarse to fine, (B, h, w)."""
         parts = image_tokens.split(self.lengths, dim=1)
-        return [roll_up(part, permutation(self.order, *size, part.device), *size)
+        return [roll_up(part, cached_order(self.order, *size, part.device), *size)
                 for part, size in zip(parts, self.sizes)]
 
     def loss(self, logits: Tensor, tokens: Tensor) -> Tensor:

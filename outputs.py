@@ -26,7 +26,7 @@ from torch import Tensor, nn
 try:
     import fcntl
     import resource
-except ImportError:  # Windows: no folder is locked, unfinished files of killed runs stay, no memory is told
+except ImportError:  # Windows: no locks, unfinished files of killed runs stay, peak memory is unknown
     fcntl = resource = None
 
 
@@ -57,7 +57,7 @@ def replacing(path: Path, advice: str) -> Iterator[Path]:
 
 
 def printable(text: str) -> str:
-    """On one line: newlines, and bytes that are no UTF-8, which files' names may hold, are replaced."""
+    """On one line: newlines, and invalid UTF-8, which file names may contain, are replaced."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -140,7 +140,7 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
         raise FileNotFoundError(f"{path} {problem}; {advice}")
     try:
         with zipfile.ZipFile(path) as file:
-            if file.testzip():  # its checksums, which torch.load does not look at
+            if file.testzip():  # CRC checksums, which torch.load does not verify
                 raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
@@ -180,13 +180,13 @@ def describe_data(config: Any, dataset, checkpoint: dict | None) -> dict:
         if Path(known["data_dir"]).resolve() != Path(before["data_dir"]).resolve():
             raise ValueError(f"{config.data_dir} holds other pictures than {before['data_dir']}, on which "
                              "this run was trained; name the folder to which those were moved")
-        announce(f"pictures were added to {config.data_dir} or removed: training goes on with those that are "
-                 "there now, in a new random order")
+        announce(f"pictures in {config.data_dir} have changed: training goes on with those that are there "
+                 "now, in a new random order")
     return known
 
 
 def memory(device: torch.device) -> float:
-    """Peak memory in GiB: torch's on a GPU, the process's on a CPU (nan where the system does not tell)."""
+    """Peak memory in GiB: torch's on a GPU, the process's on a CPU (nan where it is unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if not resource:
@@ -211,7 +211,7 @@ def to_pixels(images: Tensor) -> np.ndarray:
 
 
 def picture_grid(images: Tensor, columns: int, side: int = 96) -> Image.Image:
-    """images (N, C, H, W) in [−1, 1], row by row; small ones enlarged to about `side` pixels, to be seen."""
+    """images (N, 1 or 3, H, W) in [−1, 1] → one picture, row by row; small ones enlarged to about `side`."""
     pixels = to_pixels(images.expand(-1, 3, -1, -1))  # (N, H, W, 3)
     times, gap, empty = max(1, round(side / pixels.shape[1])), 2, -len(pixels) % columns
     pixels = pixels.repeat(times, axis=1).repeat(times, axis=2)
@@ -246,8 +246,8 @@ class Log:
                  name_batch: Callable[[int], str]):
         self.path, self.process, self.steps = config.folder / "log.jsonl", process, config.steps
         self.unit, self.units_per_step, self.checkpoint_every = unit, units_per_step, config.checkpoint_every
-        self.began = self.last = self.stopped = time.perf_counter()  # of the run; of steps; their end
-        self.first_step = self.last_step = first_step  # of the run; of the last line
+        self.began = self.last = self.stopped = time.perf_counter()  # run's start; last line; means()
+        self.first_step = self.last_step = first_step  # step at the run's start; at the last line
         self.name_batch, self.added = name_batch, {}  # name → step → value
         if process.rank == 0:
             self.lock = claim(config.folder, first_step)

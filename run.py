@@ -33,9 +33,9 @@ class UsageError(ValueError):
 
 
 def configure(presets: dict[str, Any], argv: list[str] | None) -> tuple[Any, dict | None]:
-    """The config that the command line asks for, and the checkpoint to go on from (None: start anew).
+    """The config from preset and flags, and the checkpoint to resume from (None: a new run).
 
-    Flags override the preset, or with --resume the checkpoint's config, if `CHANGEABLE`. Raises UsageError.
+    With --resume the checkpoint's config replaces the preset; only `CHANGEABLE` flags may differ. UsageError.
     """
     flags = parse_flags(presets, argv)
     preset, checkpoint = flags.get("preset", "demo"), None
@@ -182,7 +182,7 @@ class Process(NamedTuple):
         return torch.stack(parts, 1).flatten(0, 1)
 
     def share(self, value: Any) -> list:
-        """The values of all processes, on all."""
+        """all_gather of any picklable value: a list by rank."""
         values = [value] * self.world
         if self.world > 1:
             torch.distributed.all_gather_object(values, value)
@@ -220,7 +220,7 @@ def start(config: Any) -> Process:
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None,
-            timeout=timedelta(minutes=30))  # gloo's own; in NCCL's 10 a download may not end
+            timeout=timedelta(minutes=30))  # gloo's default; NCCL's 10 may be too short for a download
     torch.manual_seed(config.seed)
     return Process(device, rank, world)
 
@@ -233,12 +233,12 @@ class Due(NamedTuple):
 
 
 def steps(config: Any, process: Process, first_step: int, batches: Iterator) -> Iterator[tuple]:
-    """(step, batch, due) of the steps after `first_step`, counted from 1; what is due comes after the step.
+    """Yield (step, batch, due) from step first_step + 1 on; do what is due after the training step.
 
     Ctrl-C, SIGTERM and an error in the next batch, like a wrong picture, are deferred: one more step is made
     (on several GPUs up to ten), which saves, then KeyboardInterrupt or that error is raised.
     """
-    if process.rank > 0:  # else all would drop out the same activations
+    if process.rank > 0:  # else all ranks draw the same dropout masks
         torch.manual_seed(hash((config.seed, first_step, process.rank)) % 2**63)
     step, error, needed = first_step, None, itertools.islice(batches, config.steps - first_step)
     with deferred_signals() as received:
@@ -251,11 +251,11 @@ def steps(config: Any, process: Process, first_step: int, batches: Iterator) -> 
             yield step, batch, Due(evaluate, evaluate or save or step % config.log_every == 0, save)
             if stop:
                 break
-    if process.any(bool(received or error)):  # after the last step, too: train_gpt.py may have called this
+    if process.any(bool(received or error)):  # also in the last step: train_gpt.py must not go on
         path, texts = config.folder / "checkpoint.pt", list(filter(None, process.share(error and str(error))))
         done = f"stopped after step {step} of {config.steps}; {path} is saved, --resume goes on"
         if texts:
-            announce(done)  # and the first process, which alone is heard, tells another's error
+            announce(done)  # a rank without an error raises the first of the others'
         raise error or (ValueError(texts[0]) if texts else KeyboardInterrupt(done))
 
 
@@ -324,7 +324,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     if "Inductor" in kind:
         return 1, f"torch.compile does not work here ({reason}): leave out --compile"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate" in text:
-        return 1, "there is too little memory for this run; --help lists what saves memory"
+        return 1, "there is too little memory for this run: lower --batch-size, or train a smaller model"
     raise error
 
 

@@ -10,8 +10,8 @@
     python sample.py --checkpoint … --animate samples.gif                     the grid filled code by code
     python sample.py --checkpoint … --benchmark                               tokens and pictures per second
 
-A conditional model takes the conditions of the validation split where none is named. Files of the authors'
-taming-transformers are sampled too, if they are unconditional.
+Without --class or --condition a conditional model takes the validation split's (--complete, --scales-from:
+none). Unconditional files of the authors' taming-transformers are sampled too.
 """
 import difflib
 import itertools
@@ -50,15 +50,15 @@ class SampleConfig:
     animate: str = ""  # also write this .gif of the first samples being filled code by code
     benchmark: bool = False  # only measure speed; of random weights if the preset's checkpoint is missing
 
-    class_: str = ""  # names of classes, or numbers if no name is one, with commas: a row of samples each
+    class_: str = ""  # comma-separated names (or indices, unless names are numbers): a row of samples each
     condition: str = ""  # mask, depth map, pose or key points, or a folder of them: a row of samples each
     data_dir: str = ""  # where validation conditions come from, if none is named; empty: as in training
-    complete: str = ""  # picture or folder whose first codes are kept: a row each; one condition, or one each
+    complete: str = ""  # picture or folder; first codes kept, a row each; with one condition or one each
     keep: float = 0.5  # share of the codes that --complete keeps, in the model's own order
     hide: bool = False  # grey out the part to be completed before encoding: else the kept codes leak it
     scales_from: str = ""  # picture or folder whose 0, 1, 2, … coarsest scales are kept: a row each, §3
 
-    count: int = 0  # samples of each class or file (0: 4), else in all, in whole rows of conditions (0: 64)
+    count: int = 0  # samples per named class or file (0: 4); if none is named, in all, in whole rows (0: 64)
     size: str = ""  # HEIGHTxWIDTH in pixels, larger than in training, by a sliding window
     batch_size: int = 64  # samples drawn at a time
     seed: int = 0  # of the samples
@@ -71,7 +71,7 @@ class SampleConfig:
     def __post_init__(self):
         run.check_at_least(self, 1, "batch_size")
         run.check_at_least(self, 0, "n_head", "count")
-        self.sampling  # raises for what cannot be sampled with
+        self.sampling  # raises ValueError for values out of range
         for name, end in (("keep", 1), ("seed", 2**63 - 1)):
             if not 0 <= getattr(self, name) <= end:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, {end}]")
@@ -110,7 +110,7 @@ PRESETS = {name: SampleConfig(preset=name, checkpoint=str(trained.folder / "chec
 
 
 class Row(NamedTuple):
-    """What some samples have in common; None, or no tokens, where there is nothing."""
+    """What a row of samples is conditioned on, and what is shown or saved beside it; None: nothing."""
     condition: Tensor | None = None  # (1,) label, or (1, h, w) codes of a map
     given: Tensor = torch.zeros(1, 0, dtype=torch.int64)  # (1, G) first image tokens
     beside: Tensor | None = None  # (1, 1 or 3, H, W), shown: the map, or the picture that is completed
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None):
     if out.is_dir() and (config.one_file or any(out.iterdir())):
         raise run.UsageError(f"{out} is a folder, not empty or named like a picture; name another --out")
 
-    for batch, images, tokens in draw(prior, rows, columns, config):
+    for batch, images, tokens in draw(prior, rows, columns, config):  # files at once, a grid at the end
         if config.animate and not done:
             save_animation(prior, tokens[:16], Path(config.animate))
         if config.one_file:
@@ -183,10 +183,10 @@ def plan(prior: Prior, config: SampleConfig) -> tuple[Iterable[Row], int, int]:
         rows = list(list_completions(prior, config, list_conditions(prior, config) if named else [Row()]))
     elif named:
         rows = list(list_conditions(prior, config))
-    else:  # so many in all, of the validation split's conditions in a grid four each
+    else:  # `count` samples in all; in a grid, four per condition of the validation split
         columns = 4 if flag and config.one_file else 1
         count = math.ceil((config.count or 64) / columns)
-        rounds = 1 if flag and not config.count else count  # a --count goes round the conditions
+        rounds = count if config.count or not flag else 1  # with --count, cycle through the conditions
         rows = (row for _ in range(rounds) for row in (list_conditions(prior, config) if flag else [Row()]))
         return itertools.islice(rows, count), columns, count * columns
     columns = config.count or 4

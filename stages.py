@@ -12,7 +12,7 @@ From a script:
     prior = Prior.load("runs/gpt-demo-scenes-row/checkpoint.pt")
     pictures = prior.pictures(prior.sample(4))  # (4, 3, H, W) in [−1, 1]
     codes = prior.image.encode(pictures)  # (4, h, w) int64
-    codes[:, 0] = codes[:, -1]  # the lowest row at the top, too
+    codes[:, 0] = codes[:, -1]  # copy the bottom row to the top
     save_picture(picture_grid(prior.image.decode(codes), columns=4), Path("edited.png"))
 
 Symbols: B batch, N pictures of a data set, C channels, H×W pixels, h×w code grid, T image tokens.
@@ -39,7 +39,7 @@ from vq import VQ, Palette, VQConfig, memory_format
 
 
 class FirstStage:
-    """An autoencoder or palette, the field of the data it codes, and how its pictures were prepared."""
+    """An autoencoder or palette, its field ("image", "segmentation", "depth", "pose") and preparation."""
 
     def __init__(self, vq: VQ | Palette, field: str, preparation: Preparation, trained_on: dict):
         """`trained_on` names the data set, its folder and its digest; empty for the authors' files."""
@@ -72,7 +72,7 @@ class FirstStage:
     @classmethod
     def of_pixels(cls, config: Any, preparation: Preparation, process: run.Process) -> "FirstStage":
         """The pixel baseline (§2): 512 colours, k-means of up to 250,000 pixels of 1,024 training crops."""
-        colours = torch.rand(512, 3)
+        colours = torch.rand(512, 3)  # kept by a benchmark; otherwise rank 0's replace them
         if process.rank == 0 and not config.benchmark:
             dataset = data.open_dataset(config.data, config.data_dir, "train", preparation)
             items = data.training_batches(len(dataset), 1024, config.seed)
@@ -105,7 +105,7 @@ class FirstStage:
         same = dataset.digest() == known["digest"]
         in_place = (known["data"], Path(known["data_dir"]).resolve()) == (name, Path(directory).resolve())
         if in_place and not same:
-            announce(f"pictures were added to {directory} or removed since its first stage was trained")
+            announce(f"pictures in {directory} have changed since its first stage was trained")
         return in_place or same
 
     def state(self) -> dict:
@@ -181,13 +181,13 @@ class Prior:
 
     @classmethod
     def from_taming(cls, path: str | Path, n_head: int) -> "Prior":
-        """Their start token is code 0; here a null token of its own has the same embedding."""
+        """An unconditional model of theirs; its start token, code 0, is copied as the null token."""
         gpt, image = GPT.from_taming(path, n_head), FirstStage.load(path)
         if gpt.config.vocab_size != image.codebook_size:
             raise ValueError(f"{path} has a GPT of {gpt.config.vocab_size} tokens for {image.codebook_size} "
                              "codes; only unconditional models, with equal numbers, can be sampled")
-        announce(f"{path} is sampled as unconditional; if it is class-conditional, which the file does not "
-                 "tell, all samples are of class 0")
+        announce(f"{path} is sampled as unconditional; if it is class-conditional, which its file "
+                 "does not say, all samples are of class 0")
         written = taming.writing_order(path)  # (T,)
         side = round(len(written) ** 0.5)
         names = ORDERINGS if side & (side - 1) == 0 else ("row", "spiral", "alternate")  # for any side
@@ -208,7 +208,7 @@ class Prior:
                 "stages": {field: stage and stage.state() for field, stage in self.stages.items()}}
 
     def tokens(self, codes: dict[str, np.ndarray], index: list[int], dropout: float = 0.0) -> Tensor:
-        """Pictures of a code cache as the GPT sees them: (B, P + T) int64 on its device.
+        """GPT input of pictures `index` of codes (arrays or `cache.Views`): (B, P + T) int64 on its device.
 
         `dropout`: the share of sequences whose condition is replaced by the null token.
         """
@@ -223,7 +223,7 @@ class Prior:
     def sample(self, count: int, condition: Tensor | None = None, given: Tensor | None = None,
                sampling: Sampling = Sampling(), generator: torch.Generator | None = None,
                cached: bool = True, steps: int | None = None, captured: bool = True) -> Tensor:
-        """Draw image tokens (count, T) int64 in the model's own order; with `steps` only so many.
+        """Draw image tokens (count, T) int64 in the model's own order; with `steps`: (count, G + steps).
 
         `condition`: labels (count,) or codes of a map (count, h, w); None: unconditional. `given` (count, G):
         the first tokens, which are kept: part of a picture to be completed, or its coarser scales.

@@ -49,7 +49,7 @@ class TrainConfig:
 
     data: str = "folder"  # scenes, cifar10, folder, imagenet, restricted-imagenet, ade20k, deepfashion
     data_dir: str = "data/imagenet"  # where the files are; the paper: ImageNet, §A.2
-    workers: int = -1  # of the data loader; -1: one a core, at most 8 (none for data in memory)
+    workers: int = -1  # of the data loader; -1: one per core, at most 8 (none for data in memory)
     vq: str = ""  # first stage: by train_vq.py, or the authors' (vqgan.ckpt); empty: runs/vq-PRESET-DATA/
     views: int = 1  # encodings of a training picture: its center, then crops and flips as the first stage had
     codes_dir: str = "runs/codes"  # folder of the code cache, which all runs share
@@ -69,7 +69,7 @@ class TrainConfig:
 
     steps: int = 500_000  # training steps; the paper gives none
     batch_size: int = 12  # pictures per step, over all processes, §A.1
-    lr: float = 12 * 4.5e-6  # learning rate; §A.1: batch size times 4.5e-6, which you must scale yourself
+    lr: float = 12 * 4.5e-6  # learning rate, §A.1: 4.5e-6 × batch size; not scaled for you
     beta1: float = 0.9  # of AdamW; this and the next two as in the authors' released model
     beta2: float = 0.95  # of AdamW
     weight_decay: float = 0.01  # of the weights of linear layers
@@ -99,7 +99,7 @@ class TrainConfig:
             raise ValueError("256×256 pixels are too many tokens: try --preset demo or cifar10, of 32×32")
         if self.pixels and (self.multiscale or self.vq):
             raise ValueError("pixels have neither a first stage (--vq) nor coarser scales (--multiscale)")
-        self.sampling  # this and the next raise for what does not fit
+        self.sampling  # this line and the next raise ValueError for invalid values
         self.model(TokenLayout(codebook_size=1, height=1, width=1, order=self.order))
 
     @property
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     # Seeded again: the weights must not depend on whether a first stage was trained just before.
     torch.manual_seed(config.seed)
     gpt = GPT(config.model(layout)).to(device)
-    # CUDA graphs on one GPU, where launches outlast their work; untried on several.
+    # CUDA graphs on one GPU, where small kernels are launch-bound; untried on several.
     mode = "reduce-overhead" if device.type == "cuda" and world == 1 else "default"
     model = torch.compile(gpt, mode=mode) if config.compile else gpt
     model = DistributedDataParallel(model) if world > 1 else model
@@ -208,13 +208,13 @@ def main(argv: list[str] | None = None) -> Path | None:
             save_checkpoint(config, process, step,
                             prior.state() | {"optimizer": optimizer.state_dict(), "best": best})
 
-    if 0 < best[1] < config.steps:
+    if 0 < best[1] < config.steps:  # overfitting: best.pt is the one to sample from
         announce(f"lowest validation loss {best[0]:.3f} after step {best[1]}: {config.folder / 'best.pt'}")
     return log.finish()
 
 
 def open_stages(config: TrainConfig, checkpoint: dict | None, process: run.Process) -> Stages:
-    """First stages of image and condition, None for a class: the checkpoint's own, named, or trained now."""
+    """First stages of image and condition (None: class): the checkpoint's, the flags', or the preset's."""
     stages = stages_from_state(checkpoint["stages"]) if checkpoint else {}
     for field, path in {"image": config.vq, config.condition: config.condition_vq}.items():
         if field not in ("none", *stages):
@@ -283,8 +283,9 @@ def describe(config: TrainConfig, prior: Prior, training: dict, validation: dict
     layout, parameters = prior.layout, sum(weight.numel() for weight in prior.gpt.parameters())
     sizes = " + ".join(f"{h}×{w}" for h, w in layout.sizes)
     condition = f"{layout.condition_length} tokens of {config.condition} before " if prior.condition else ""
-    announce(f"second stage: {condition}{sizes} codes in the order {config.order} · {layout.vocab_size:,} "
-             f"tokens, {layout.block_size} positions, {parameters:,} parameters · {device} · {config.folder}")
+    announce(f"second stage: {condition}{sizes} codes in the order {config.order} · vocabulary of "
+             f"{layout.vocab_size:,}, {layout.block_size} positions, {parameters:,} parameters · {device} · "
+             f"{config.folder}")
     if not config.benchmark:
         unigram = entropy(torch.from_numpy(np.bincount(validation["image"].flatten())))
         announce(f"{len(training['image'].dataset):,} training and {len(validation['image']):,} validation "

@@ -51,7 +51,7 @@ class TrainConfig:
     image_size: int = 256  # pixels along each side, §2
     flip: bool = False  # mirror half of the training pictures
     upscale: bool = True  # enlarge pictures that are smaller than image_size instead of refusing them
-    workers: int = -1  # of the data loader; -1: one a core, at most 8 (none for data in memory)
+    workers: int = -1  # of the data loader; -1: one per core, at most 8 (none for data in memory)
 
     base_channels: int = VQConfig.base_channels  # channels of the network at full resolution
     channel_multipliers: str = VQConfig.channel_multipliers  # times base_channels; each comma halves the size
@@ -59,7 +59,7 @@ class TrainConfig:
     codebook_size: int = VQConfig.codebook_size  # K, codes to choose from, §A.1
     code_width: int = VQConfig.code_width  # D, numbers per code, §A.1
     commitment_weight: float = VQConfig.commitment_weight  # β, weight of the commitment loss, §A.1
-    restart_every: int = 100  # steps after which dead codes, unused since, are reinitialized; 0: never
+    restart_every: int = 100  # steps between two reinitializations of the codes unused meanwhile; 0: never
 
     perceptual: str = "vgg16"  # network of LPIPS, §A.1: vgg16 or alexnet; or none, as always for masks
     perceptual_weights: str = ""  # file of LPIPS weights; empty: fetched once, 553 MB (alexnet: 244 MB)
@@ -72,7 +72,7 @@ class TrainConfig:
     steps: int = 500_000  # training steps; the paper gives none
     batch_size: int = 12  # pictures per step, over all processes; §A.1 has it for the GPT
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass, to save memory
-    lr: float = 12 * 4.5e-6  # learning rate; batch size times 4.5e-6 (their release), which you must scale
+    lr: float = 12 * 4.5e-6  # learning rate: 4.5e-6 × batch size, as in their release; not scaled for you
     beta1: float = 0.5  # of Adam; this and the next as in the authors' released model
     beta2: float = 0.9  # of Adam
     warmup_steps: int = 0  # steps of linear warm-up of lr
@@ -103,7 +103,7 @@ class TrainConfig:
         if self.image_size % f:
             raise ValueError(f"image_size is {self.image_size}, which channel_multipliers "
                              f"{self.channel_multipliers!r} cannot halve evenly; choose a multiple of {f}")
-        smallest = max(SMALLEST[self.perceptual] if self.perceives else 1,
+        smallest = max(SMALLEST[self.perceptual] if self.uses_lpips else 1,
                        3 * 2**self.discriminator_layers if self.adversarial else 1)
         if self.image_size < smallest:
             raise ValueError(f"image_size is {self.image_size}, too small for this perceptual loss or "
@@ -114,7 +114,7 @@ class TrainConfig:
         return self.target == "segmentation"
 
     @property
-    def perceives(self) -> bool:
+    def uses_lpips(self) -> bool:
         return self.perceptual != "none" and not self.one_hot
 
     @property
@@ -142,7 +142,7 @@ class TrainConfig:
             (self.data == "cifar10", "upscale", "CIFAR-10's pictures are 32×32"),
             (not self.one_hot or self.data == "scenes", "segments void_label", "it is for files of masks"),
             (self.one_hot, "perceptual discriminator_weight", "masks are trained with cross-entropy alone"),
-            (not self.perceives, "perceptual_weights perceptual_weight", "there is no --perceptual loss"),
+            (not self.uses_lpips, "perceptual_weights perceptual_weight", "there is no --perceptual loss"),
             (not self.adversarial, "discriminator_start discriminator_ramp discriminator_layers",
              "there is no --discriminator-weight"),
             (self.benchmark, "resume log_every eval_every checkpoint_every", "it only measures steps")]
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         training, validation = (data.open_dataset(name, config.data_dir, split, preparation)
                                 for split in ("train", "val"))
         weights = None if config.benchmark else config.perceptual_weights  # None: random numbers
-        perceptual = PerceptualLoss(weights, config.perceptual).to(device) if config.perceives else None
+        perceptual = PerceptualLoss(weights, config.perceptual).to(device) if config.uses_lpips else None
     data.check_files(validation, rank, world, config.workers)
     trained_on = describe_data(config, training, checkpoint)
     channels = (checkpoint["model_config"]["image_channels"] if checkpoint
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     model = DistributedDataParallel(vq) if world > 1 else vq
     optimizer = torch.optim.Adam(vq.parameters(), config.lr, betas=(config.beta1, config.beta2), fused=True)
     adversary = open_adversary(config, channels, process)
-    uses = torch.zeros(config.codebook_size, device=device)  # (K,) since dead codes were reinitialized
+    uses = torch.zeros(config.codebook_size, device=device)  # (K,) of each code, since dead ones were reset
     first_step = checkpoint["step"] if checkpoint else 0
     if checkpoint:
         restore(checkpoint, vq, optimizer)
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         if config.restart_every and step % config.restart_every == 0 and step < config.steps:
             restart_dead_codes(vq, optimizer, uses, images, process)
         if due.save:
-            process.total(uses)  # in place: all resume with the same; only which are 0 matters
+            process.total(uses)  # in place; later sums may count twice, but only zeros matter
             save_checkpoint(config, process, step, stage.state() | {
                 "optimizer": optimizer.state_dict(), "uses": uses,
                 "adversary": adversary and adversary.state_dict()})
@@ -274,8 +274,8 @@ def input_channels(config: TrainConfig, training, validation) -> int:
     if not config.one_hot:
         return 1 if config.target == "depth" else 3
     found = validation.segments(64) if config.segments else max(training.segments(), validation.segments())
-    problem = (f"masks in {config.data_dir} hold no label but 0, and 255, which means that a pixel has none: "
-               "number the labels 0, 1, 2, …")
+    problem = (f"masks in {config.data_dir} hold no label but 0 (255 means none): number the labels "
+               "0, 1, 2, …")
     if found == 1 and not config.segments:
         raise ValueError(f"the {problem}")
     if found == 1:
@@ -313,7 +313,7 @@ def evaluate(vq: VQ, perceptual: PerceptualLoss | None, validation, config: Trai
              process: run.Process) -> tuple[dict[str, float], Tensor]:
     """Over all validation pictures: losses, the codebook's use, and how often each code occurs (K,)."""
     counts = torch.zeros(config.codebook_size, device=process.device)  # (K,)
-    sums = torch.zeros(3, dtype=torch.float64, device=process.device)  # of both scores, and their number
+    sums = torch.zeros(3, dtype=torch.float64, device=process.device)  # two scores; images or labelled pixels
     items = data.fixed_batches(len(validation), max(16, config.batch_size // process.world), None,
                                process.rank, process.world)
     vq.eval()

@@ -169,7 +169,7 @@ def decoder(config: VQConfig) -> nn.Sequential:
 class Quantizer(nn.Module):
     """Vector quantization with a learned codebook (§2, [8]). Computes in float32, under autocast too.
 
-    codebook.py sets `codebook` (K, D) by k-means and moves its dead codes: keep a fixed one from both.
+    codebook.py sets `codebook` (K, D) by k-means and reinitializes dead codes; skip both to keep it fixed.
     """
 
     def __init__(self, config: VQConfig):
@@ -195,10 +195,10 @@ class Quantizer(nn.Module):
 
 
 def memory_format(device: torch.device, trained_row: int = 0) -> torch.memory_format:
-    """Of convolutions: channels last is faster on a CPU (results/speed), slower on an H200 (results/gpu).
+    """Convolutions' memory format: channels last on a CPU (results/speed), else row-major (results/gpu).
 
-    Not in training if a row of pixels, `trained_row` bytes in all channels, is large beside the CPU's first
-    cache: then weights' gradients take several times as long.
+    In training row-major on a CPU too if a row of pixels, `trained_row` bytes over all channels, nears the
+    size of its L1 cache: with channels last, weights' gradients can then take several times as long.
     """
     return torch.channels_last if device.type == "cpu" and trained_row <= 8192 else torch.preserve_format
 
@@ -217,12 +217,12 @@ class VQ(nn.Module):
                 layer.num_groups = norm_groups(layer.num_channels, config.group_channels)
             if isinstance(layer, ResidualBlock):
                 layer.gradient_checkpointing = gradient_checkpointing
-        # torch.compile skips a module of torch's that it enters first, so functions of ours call the layers.
-        # The last one stays eager: λ needs the gradient at its weight (losses.py).
+        # Functions are assigned: a compiled module would be registered as a submodule, and enter state_dict.
+        # The last layer stays eager: λ needs the gradient at its weight (losses.py).
         if compiled:
             encode, body, last = self.encoder[:], self.decoder[:-1], self.decoder[-1]  # the same layers
-            self.encoder.forward = torch.compile(lambda images: encode(images), dynamic=False)
-            decode = torch.compile(lambda quantized: body(quantized), dynamic=False)
+            self.encoder.forward = torch.compile(encode.forward, dynamic=False)
+            decode = torch.compile(body.forward, dynamic=False)
             self.decoder.forward = lambda quantized: last(decode(quantized))
 
     @classmethod

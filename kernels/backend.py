@@ -23,7 +23,7 @@ ATTAINABLE = {"H200": {"3xTF32": 132, "16 bit": 790, "memory": 4.3},
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Their number in a GPU; for CPU tensors, in Triton's interpreter, that of an H100 or H200."""
+    """Number of SMs of a GPU; for CPU tensors, in Triton's interpreter, that of an H100 or H200."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
@@ -43,7 +43,7 @@ capability = functools.cache(torch.cuda.get_device_capability)  # asked for at e
 
 
 def generation(device: torch.device) -> int:
-    """A GPU's: 8 is Ampere, 9 Hopper, 10 Blackwell; for CPU tensors that of an H100 or H200."""
+    """Compute capability's major: 8 Ampere, 9 Hopper, 10 Blackwell; for CPU tensors 9."""
     return capability(device)[0] if device.type == "cuda" else 9
 
 

@@ -1,4 +1,4 @@
-"""Causal attention: each position looks at itself and what came before (§2; [1] eq. 1 with GPT's mask).
+"""Causal attention: each position attends to itself and earlier ones (§2; [1] eq. 1 with GPT's mask).
 
     output_i = Σ_{j ≤ i} p_ij v_j,    p_ij = exp(s_ij) / Σ_{j' ≤ i} exp(s_ij'),    s_ij = q_i·k_j / √d
 
@@ -59,7 +59,7 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor):
 
 @triton.jit
 def head_of(x):
-    """Where this program's head begins in x, (B, heads, …) with its strides; the grid: (blocks, heads, B)."""
+    """Pointer to this program's head in x = (pointer, strides) of (B, heads, …); grid (blocks, heads, B)."""
     return x[0] + tl.program_id(2).to(tl.int64) * x[1][0] + tl.program_id(1).to(tl.int64) * x[1][1]
 
 
@@ -103,8 +103,8 @@ def forward_kernel(
     output = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)  # not yet divided by l
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)  # m
     total = tl.zeros((BLOCK_Q,), tl.float32)  # l
-    seen_by_all = (position + 1) // BLOCK_K * BLOCK_K
-    seen_by_any = tl.minimum(position + BLOCK_Q, T)
+    seen_by_all = (position + 1) // BLOCK_K * BLOCK_K  # keys before it need no mask; in whole tiles
+    seen_by_any = tl.minimum(position + BLOCK_Q, T)  # keys from it on are seen by no query
     for masked in tl.static_range(2):  # first the tiles that need no mask, then those on the diagonal
         for start in range(seen_by_all if masked else 0, seen_by_any if masked else seen_by_all, BLOCK_K):
             columns = start + tl.arange(0, BLOCK_K)
@@ -291,7 +291,7 @@ def causal_attention_triton(query: Tensor, key: Tensor, value: Tensor) -> Tensor
 
 
 def causal_attention_torch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same by torch's fused attention, whose own mask is right for as many queries as keys only."""
+    """The same by torch's fused attention, whose is_causal mask is right only if Tq = T."""
     check_shapes(query, key, value)
     queries, keys = query.shape[2], key.shape[2]
     if queries in (1, keys):  # one query sees all keys
@@ -309,7 +309,7 @@ def attend_to_cache(query: Tensor, keys: Tensor, values: Tensor, position: Tenso
 
 
 def kernels_fit(device: torch.device, width: int) -> bool:
-    """NVIDIA GPUs since Ampere (before, the compiler emulates bfloat16), and a head_dim of up to 128."""
+    """Whether the kernels run here: an NVIDIA GPU since Ampere (bfloat16), and a head_dim up to 128."""
     return has_tf32(device) and width <= 128
 
 

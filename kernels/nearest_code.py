@@ -18,7 +18,7 @@ and a low part of at most 12 bits, and three products take the place of one:
 
 The last is left out: at most 2⁻²² |x'_d c'_d|, and TF32 drops one bit of each low part, 2⁻²³ |x'_d c'_d|
 twice: all in all 2⁻²¹ Σ_d |x'_d c'_d|, a few roundings of float32. A few dimensions at a time are multiplied,
-the bracket first, for in a large sum its digits would be lost. The codebook is split once per call, the
+bracketed terms first, whose digits a large sum would lose. The codebook is split once per call, the
 vectors as they are read.
 
     python -m kernels.nearest_code    checks the kernels and prints a table (without a GPU: of the reference)
@@ -59,7 +59,7 @@ def nearest_code_reference(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 def common_offset(codebook: Tensor) -> Tensor:
     """The mean of a codebook (K, D), each component rounded to a multiple of the power of two above the
-    largest deviation of a code: (D,). Subtracting it is exact: codes that were equally near stay so."""
+    largest deviation of a code: (D,). Subtracting it is exact on integers: ties between them remain."""
     mean = codebook.mean(0)  # (D,)
     spread = torch.maximum(codebook.amax(0) - mean, mean - codebook.amin(0))  # (D,)
     spread = spread.maximum(mean.abs() * torch.finfo(codebook.dtype).eps)
@@ -236,10 +236,10 @@ def nearest_code_triton(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest code: vectors (N, D), codebook (K, D) → (N,) int64 in [0, K). Not differentiable.
+    """Index of the nearest code: vectors (N, D), codebook (K, D), floating point → (N,) int64 in [0, K).
 
-    Equal scores |c|² − 2x·c go to the lowest index. Equal codes have equal scores where arithmetic is exact,
-    as on small integers; else a CPU's BLAS may round a product differently by the column it stands in.
+    Equal scores |c|² − 2x·c go to the lowest index; equal codes may score differently on a CPU, whose BLAS
+    rounds by column, unless arithmetic is exact. Not differentiable. Raises ValueError for other shapes.
     """
     search = nearest_code_triton if has_tf32(vectors.device) else nearest_code_reference
     return search(vectors.detach(), codebook.detach())

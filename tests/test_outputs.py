@@ -177,7 +177,7 @@ def test_a_data_set_is_known_again_by_its_pictures_not_by_its_place(capsys, monk
     assert capsys.readouterr().out == ""
     for spelled in ("here", "./there/../here"):
         assert describe(spelled, "more", checkpoint) == known | {"data_dir": spelled, "digest": "more"}
-        said = f"pictures were added to {spelled} or removed: training goes on with"
+        said = f"pictures in {spelled} have changed: training goes on with"
         assert said in capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")
     describe("here", "more", checkpoint)

@@ -85,7 +85,7 @@ def test_a_first_stage_of_another_field_is_refused_and_a_moved_data_set_known_ag
     assert capsys.readouterr().out == ""
     stage.trained_on = stage.trained_on | {"data_dir": str(other)}
     assert stage.was_trained_on("folder", str(other))
-    assert f"pictures were added to {other} or removed since its first stage" in capsys.readouterr().out
+    assert f"pictures in {other} have changed since its first stage" in capsys.readouterr().out
     stage.trained_on = stage.trained_on | {"data_dir": str(tmp_path / "gone")}
     assert stage.was_trained_on("folder", str(moved)) and not stage.was_trained_on("folder", str(other))
 

@@ -93,7 +93,7 @@ def test_a_run_goes_on_longer_elsewhere_and_with_its_own_first_stage(
     Image.new("RGB", (16, 16)).save(moved / "train" / "more.png")
     capsys.readouterr()
     train_gpt.main([*map(str, resume), "--steps", "5"])
-    assert f"pictures were added to {moved} or removed" in capsys.readouterr().out
+    assert f"pictures in {moved} have changed" in capsys.readouterr().out
     status, _, errors = shell("train_gpt.py", [*resume[:-1], pictures, "--steps", "6"], monkeypatch, capsys)
     assert status == 1 and f"{pictures} holds other pictures than {moved}" in errors
 

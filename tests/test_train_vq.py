@@ -89,7 +89,7 @@ def open_split(path: Path, split: str, items: list) -> tuple[train_vq.TrainConfi
 
 
 def open_perceptual_loss(config: train_vq.TrainConfig) -> losses.PerceptualLoss | None:
-    return losses.PerceptualLoss(config.perceptual_weights, config.perceptual) if config.perceives else None
+    return losses.PerceptualLoss(config.perceptual_weights, config.perceptual) if config.uses_lpips else None
 
 
 def interrupt(flags: list[str], out: Path, step: int, monkeypatch):
@@ -183,10 +183,10 @@ def test_a_perceptual_weight_of_0_only_measures_and_a_discriminator_waits_for_it
 
 def test_only_the_paper_preset_needs_a_download_and_masks_have_neither_lpips_nor_discriminator():
     paper, *others = (train_vq.PRESETS[name] for name in ("paper", "demo", "cifar10"))
-    assert paper.perceives and paper.adversarial and paper.upscale  # ImageNet has pictures below 256 pixels
-    assert not any(preset.perceives or preset.adversarial for preset in others)
+    assert paper.uses_lpips and paper.adversarial and paper.upscale  # ImageNet has pictures below 256 pixels
+    assert not any(preset.uses_lpips or preset.adversarial for preset in others)
     masks = dataclasses.replace(paper, target="segmentation", data="ade20k", image_size=16)  # small for both
-    assert not masks.perceives and not masks.adversarial
+    assert not masks.uses_lpips and not masks.adversarial
     assert str(masks.folder) == "runs/vq-paper-ade20k-segmentation"
     for start, ramp, schedule in ((0.5, 0.25, (6, 3)), (7, 2, (7, 2)), (1, 0, (1, 0))):  # shares, or steps
         adversary = train_vq.open_adversary(dataclasses.replace(
