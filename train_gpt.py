@@ -142,8 +142,7 @@ PRESETS = {  # each name also in train_vq.py, whose first stage it takes
 def main(argv: list[str] | None = None) -> Path | None:
     """Train as the command line says; returns the path of the checkpoint, None for a benchmark."""
     config, checkpoint = run.configure(PRESETS, argv)
-    process = run.start(config)
-    device, rank, world = process
+    device, rank, world = process = run.start(config)
 
     # The frozen first stages, and each picture's codes, which are computed once and cached.
     stages = open_stages(config, checkpoint, process)

@@ -1,7 +1,6 @@
 """Train the first stage: pictures → a grid of codes → pictures (§2, §A.1).
 
     python train_vq.py                                        the drawn scenes, 1 to 2 minutes on 2 CPU cores
-    python train_vq.py --preset cifar10 --data-dir data       CIFAR-10, once downsampled
     python train_vq.py --data folder --data-dir my_pictures   your own pictures
     python train_vq.py --target depth                         the first stage of a condition, §4
     python train_vq.py --preset paper --benchmark             what the run would cost on this machine
@@ -59,6 +58,7 @@ class TrainConfig:
     codebook_size: int = VQConfig.codebook_size  # K, codes to choose from, §A.1
     code_width: int = VQConfig.code_width  # D, numbers per code, §A.1
     commitment_weight: float = VQConfig.commitment_weight  # β, weight of the commitment loss, §A.1
+    quantize_after: float = 0.0  # share of all steps for a plain autoencoder, before k-means sets the codes
     restart_every: int = 100  # steps between two reinitializations of the codes unused meanwhile; 0: never
 
     perceptual: str = "vgg16"  # network of LPIPS, §A.1: vgg16 or alexnet; or none, as always for masks
@@ -93,12 +93,12 @@ class TrainConfig:
         run.check_choice("target", self.target, FIELDS)
         run.check_choice("perceptual", self.perceptual, ("none", *SMALLEST))
         run.check_at_least(self, 1, "image_size", "discriminator_layers")
-        run.check_at_least(self, 0, "segments", "void_label", "restart_every", "perceptual_weight",
-                           "discriminator_weight", "discriminator_start", "discriminator_ramp")
-        for name, most in (("codebook_size", 2**16), ("segments", NO_LABEL),  # kept in 16 and 8 bits
-                           ("discriminator_start", 1e12), ("discriminator_ramp", 1e12)):
+        run.check_at_least(self, 0, "void_label", "quantize_after", "restart_every", "perceptual_weight",
+                           "segments", "discriminator_weight", "discriminator_start", "discriminator_ramp")
+        for name, most in (("codebook_size", 2**16), ("segments", NO_LABEL), ("quantize_after", 0.9),
+                           ("discriminator_start", 1e12), ("discriminator_ramp", 1e12)):  # codes have 16 bits
             if getattr(self, name) > most:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at most {most:.0f}")
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at most {most:g}")
         f = self.model().downsampling
         if self.image_size % f:
             raise ValueError(f"image_size is {self.image_size}, which channel_multipliers "
@@ -151,9 +151,9 @@ class TrainConfig:
 PRESETS = {
     "demo": TrainConfig(  # 32×32 → 8×8 of 256 codes
         preset="demo", data="scenes", data_dir="data", image_size=32, upscale=False, base_channels=16,
-        channel_multipliers="1,2,4", residual_blocks=1, codebook_size=256, code_width=32, restart_every=25,
-        perceptual="none", discriminator_weight=0.0, steps=1100, batch_size=8, lr=1e-3, beta1=0.9, beta2=0.99,
-        warmup_steps=50, decay=True, eval_every=550, checkpoint_every=275),
+        channel_multipliers="1,2,4", residual_blocks=1, codebook_size=256, code_width=32, quantize_after=0.1,
+        restart_every=25, perceptual="none", discriminator_weight=0.0, steps=1100, batch_size=8, lr=1e-3,
+        beta1=0.9, beta2=0.99, warmup_steps=50, decay=True, eval_every=550, checkpoint_every=275),
     "cifar10": TrainConfig(  # §A.1, "we only downsample once": 32×32 → 16×16 of 1,024 codes; L1 alone
         preset="cifar10", data="cifar10", data_dir="data", image_size=32, flip=True, upscale=False,
         base_channels=64, channel_multipliers="1,2", perceptual="none", discriminator_weight=0.0,
@@ -166,8 +166,7 @@ PRESETS = {
 def main(argv: list[str] | None = None) -> Path | None:
     """Train as the command line says; returns the path of the checkpoint, None for a benchmark."""
     config, checkpoint = run.configure(PRESETS, argv)
-    process = run.start(config)
-    device, rank, world = process
+    device, rank, world = process = run.start(config)
 
     # A run that goes on prepares its pictures as before, and refuses masks with further labels.
     preparation = Preparation(**checkpoint["preparation"]) if checkpoint else config.preparation
@@ -191,20 +190,16 @@ def main(argv: list[str] | None = None) -> Path | None:
     adversary = open_adversary(config, channels, process)
     uses = torch.zeros(config.codebook_size, device=device)  # (K,) of each code, since dead ones were reset
     first_step = checkpoint["step"] if checkpoint else 0
+    quantizes = checkpoint["quantizes"] if checkpoint else config.benchmark
     if checkpoint:
         restore(checkpoint, vq, optimizer)
         uses.copy_(checkpoint["uses"])
         if adversary:
             adversary.load_state_dict(checkpoint["adversary"], first_step)
-    elif not config.benchmark:
-        vectors = config.batch_size * stage.side**2  # in a batch
-        items = data.training_batches(len(training), config.batch_size, config.seed)
-        enough = itertools.islice(items, 16 * config.codebook_size // vectors + 1)  # 16 vectors a code
-        initialize_codebook(vq, load_inputs(training, enough, config, channels, device), process)
 
     def train_step(images: Tensor, step: int, lr: float) -> dict[str, Tensor]:
         with run.autocast(device):
-            reconstructions, codes, quantization_loss = model(images)
+            reconstructions, codes, quantization_loss = model(images, quantizes)
         if config.one_hot:
             loss = mask_loss(images, reconstructions, process.total(images.sum()) / world)
             parts = {"cross_entropy": loss}
@@ -236,6 +231,13 @@ def main(argv: list[str] | None = None) -> Path | None:
     scores = {}
     batches = data.load(training, items, device, config.workers)
     for step, batch, due in run.steps(config, process, first_step, batches):
+        # K-means over 16 vectors a code. Quantized from the first step on, latents stay close to a line.
+        if not quantizes and step > config.quantize_after * config.steps:
+            items = data.training_batches(len(training), config.batch_size, config.seed, step - 1)
+            enough = itertools.islice(items, 16 * config.codebook_size // (config.batch_size * side**2) + 1)
+            initialize_codebook(vq, load_inputs(training, enough, config, channels, device), process)
+            quantizes = True
+            uses.zero_()
         lr = run.set_learning_rate(optimizer, config, step)
         images = data.as_input(batch[config.target], config.target, channels)  # (B, C, H, W)
         log.add(step, train_step(images, step, lr))
@@ -243,7 +245,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         # means() and check() raise if the run has diverged, before anything is drawn or saved.
         if due.log:
             numbers = log.means() | {"lr": lr}
-            if due.evaluate:
+            if due.evaluate and quantizes:  # before, there are no codes
                 scores, counts = evaluate(vq, perceptual, validation, config, process)
                 log.check(step, scores)
                 numbers |= scores
@@ -256,7 +258,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         if due.save:
             process.total(uses)  # in place; later sums may count twice, but only zeros matter
             save_checkpoint(config, process, step, stage.state() | {
-                "optimizer": optimizer.state_dict(), "uses": uses,
+                "optimizer": optimizer.state_dict(), "uses": uses, "quantizes": quantizes,
                 "adversary": adversary and adversary.state_dict()})
 
     return log.finish()
@@ -274,8 +276,7 @@ def input_channels(config: TrainConfig, training, validation) -> int:
     if not config.one_hot:
         return 1 if config.target == "depth" else 3
     found = validation.segments(64) if config.segments else max(training.segments(), validation.segments())
-    problem = (f"masks in {config.data_dir} hold no label but 0 (255 means none): number the labels "
-               "0, 1, 2, …")
+    problem = f"masks in {config.data_dir} hold no label but 0 (255: none): number the labels 0, 1, 2, …"
     if found == 1 and not config.segments:
         raise ValueError(f"the {problem}")
     if found == 1:

@@ -237,9 +237,15 @@ class VQ(nn.Module):
         vq.load_state_dict(taming.vq_weights(path, vq.state_dict()))
         return vq
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """images (B, C, H, W) → reconstructions (B, C, H, W), codes (B, h, w) int64, quantization loss ()."""
-        quantized, codes, loss = self.quantizer(self.latents(images))
+    def forward(self, images: Tensor, quantize: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """images (B, C, H, W) → reconstructions (B, C, H, W), codes (B, h, w) int64, quantization loss ().
+
+        Without `quantize` the latents themselves are decoded, and the loss is 0.
+        """
+        latents = self.latents(images)
+        quantized, codes, loss = self.quantizer(latents)
+        if not quantize:  # the codebook's gradient is 0, not None, as DistributedDataParallel needs
+            quantized, loss = latents, 0 * loss
         return self.decoder(quantized).float(), codes, loss
 
     def latents(self, images: Tensor) -> Tensor:

@@ -63,8 +63,8 @@ def lpips(plain, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def full(lpips) -> list[str]:
-    """With a discriminator, which starts in step 4."""
-    return [*lpips, *ADVERSARIAL, "--restart-every", "4"]
+    """With a codebook that is set in step 2, and a discriminator that starts in step 4."""
+    return [*lpips, *ADVERSARIAL, "--quantize-after", "0.2", "--restart-every", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_the_loop_is_its_losses_written_out(plain, full, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SCENES", {"train": 16, "val": 4})
     shared = "--restart-every 0 --no-decay --warmup-steps 6 --beta1 0.3 --beta2 0.7".split()
     short = "--perceptual-weight 0.7 --steps 6 --discriminator-start 4 --discriminator-ramp 2".split()
-    for i, flags in enumerate((plain, MASKS, [*full, *short])):
+    for i, flags in enumerate(([*plain, "--quantize-after", "0.25"], MASKS, [*full, *short])):
         found = train(flags, tmp_path / str(i), *shared)
         items = list(itertools.islice(data.training_batches(16, 4, seed=0), len(log_of(found))))
         config, batches = open_split(found, "train", items)
@@ -122,13 +122,18 @@ def test_the_loop_is_its_losses_written_out(plain, full, tmp_path, monkeypatch):
         D = adversary and adversary.discriminator
         optimizers = [torch.optim.Adam(network.parameters(), betas=(0.3, 0.7), fused=True)
                       for network in (vq, D) if network]
-        initialize_codebook(vq, batches[:1 if D else 2], ALONE)  # of 16 vectors a code
-        uses = torch.zeros(16)
+        quantized_from = (3, 1, 2)[i]
         for step, images in enumerate(batches, 1):
+            if step == quantized_from:
+                initialize_codebook(vq, batches[step - 1:step + (D is None)], ALONE)  # of 16 vectors a code
+                uses = torch.zeros(16)
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = 1e-3 * min(step / 6, 1)  # D's too
-            x, codes, quantization_loss = vq(images)
-            uses += torch.bincount(codes.flatten(), minlength=16)
+            if step < quantized_from:
+                x, quantization_loss = vq.decoder(vq.latents(images)), 0 * vq.quantizer.codebook.sum()
+            else:
+                x, codes, quantization_loss = vq(images)
+                uses += torch.bincount(codes.flatten(), minlength=16)
             loss = F.cross_entropy(x, images.argmax(1)) if flags is MASKS else F.l1_loss(x, images)
             expected = {"cross_entropy" if flags is MASKS else "l1": loss, "vq": quantization_loss}
             if perceptual:
@@ -153,7 +158,7 @@ def test_the_loop_is_its_losses_written_out(plain, full, tmp_path, monkeypatch):
             assert ("lambda" in line) == ("lambda" in expected), step
             for name, value in expected.items():
                 assert line[name] == pytest.approx(value.item(), rel=1e-3, abs=1e-4), (step, name)
-        if flags is plain:
+        if i == 0:
             weights = read(found)["model"]
             assert all(torch.equal(weight, weights[name]) for name, weight in vq.state_dict().items())
             assert torch.equal(uses, read(found)["uses"])
@@ -282,9 +287,14 @@ def test_masks_depth_maps_and_poses_are_coded_measured_and_go_on_bit_for_bit(
 
 def test_evaluation_leaves_training_mode_and_returns_to_it(tmp_path, monkeypatch):
     modes, forward = [], VQ.forward
-    monkeypatch.setattr(VQ, "forward", lambda vq, images: (modes.append(vq.training), forward(vq, images))[1])
+    monkeypatch.setattr(VQ, "forward", lambda vq, *given: (modes.append(vq.training), forward(vq, *given))[1])
     train([*SCENES, "--eval-every", "2", "--steps", "4"], tmp_path)
     assert [mode for mode, _ in itertools.groupby(modes)] == [True, False, True, False]
+
+
+def test_nothing_is_evaluated_before_there_are_codes(tmp_path):
+    path = train([*SCENES, "--eval-every", "1", "--steps", "4", "--quantize-after", "0.5"], tmp_path)
+    assert ["val_l1" in line for line in log_of(path)] == [False, False, True, True]
 
 
 def test_labels_of_the_masks_are_counted_over_both_splits_or_named(tmp_path, capsys):
@@ -317,8 +327,8 @@ def test_labels_of_the_masks_are_counted_over_both_splits_or_named(tmp_path, cap
     assert line["codes_used"] >= 1 and not {"val_cross_entropy", "val_accuracy"} & set(line)  # of no pixel
 
 
-@pytest.mark.parametrize("stop", [3, 4, 5])  # the discriminator starts in step 4
-def test_a_run_with_a_discriminator_goes_on_bit_for_bit_across_its_start(
+@pytest.mark.parametrize("stop", [1, 3, 4, 5])  # the codebook is set in step 2, the discriminator starts in 4
+def test_a_run_goes_on_bit_for_bit_across_the_starts_of_codebook_and_discriminator(
         stop, full, trained, tmp_path, monkeypatch):
     interrupt(full, tmp_path, stop, monkeypatch)
     before = (tmp_path / "checkpoint.pt").read_bytes()

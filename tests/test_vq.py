@@ -275,6 +275,15 @@ def test_decode_of_encode_is_the_reconstruction_of_forward_and_float32_under_aut
         assert vq.decode(codes).dtype == torch.float32
 
 
+def test_without_quantization_latents_are_decoded_and_the_codebook_has_a_gradient_of_0():
+    vq, pictures = thin_vq(), images()
+    reconstructions, codes, loss = vq(pictures, quantize=False)
+    assert torch.equal(reconstructions, vq.decoder(vq.latents(pictures))) and loss == 0
+    assert torch.equal(codes, vq.encode(pictures))
+    (reconstructions.mean() + loss).backward()
+    assert vq.encoder[0].weight.grad.any() and not vq.quantizer.codebook.grad.any()
+
+
 def test_convolutions_are_channels_last_on_a_cpu_unless_they_train_on_long_rows():
     """cifar10's 32 pixels of 64 channels are the longest, of 4 bytes each (results/speed)."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
