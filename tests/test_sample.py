@@ -315,8 +315,10 @@ def test_the_benchmark_prints_the_speed_with_and_without_the_cache(draw, monkeyp
 
 def test_a_preset_that_is_not_trained_yet_can_be_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    tokens = sum(train_gpt.untrained_prior("demo").layout.lengths)
     sample.main("--benchmark --batch-size 1 --device cpu".split())
-    assert "does not exist yet" in (shown := capsys.readouterr().out) and "1 pictures of 64 tokens" in shown
+    shown = capsys.readouterr().out
+    assert "does not exist yet" in shown and f"1 pictures of {tokens} tokens" in shown
     with pytest.raises(run.UsageError, match="--n-head has no effect here"):
         sample.main("--benchmark --batch-size 1 --device cpu --n-head 2".split())
     prior = train_gpt.untrained_prior("cifar10")

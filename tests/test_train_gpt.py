@@ -116,7 +116,7 @@ def test_classes_that_changed_do_not_go_on(first_stage, tmp_path, monkeypatch, c
 
 def test_training_is_the_plain_loop_with_warm_up_decay_and_clipping(pictures, first_stage, tmp_path):
     settings = ("--steps 6 --dropout 0 --lr 1e-2 --warmup-steps 2 --decay --clip 0.05 --weight-decay 0.3 "
-                "--beta1 0.8 --beta2 0.9 --seed 4 --order subsample").split()
+                "--beta1 0.8 --beta2 0.9 --seed 4 --order subsample --gelu none").split()
     trained = load_checkpoint(train_gpt.main([*gpt_flags(pictures, first_stage, tmp_path), *settings]), "gpt")
     stage = FirstStage.load(first_stage)
     images = [torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
@@ -157,6 +157,7 @@ def test_a_first_stage_that_the_processes_cannot_share_evenly_is_to_be_trained_f
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(train_gpt.PRESETS["demo"], batch_size=18)
+    monkeypatch.setitem(train_vq.PRESETS, "demo", dataclasses.replace(train_vq.PRESETS["demo"], batch_size=8))
     sentence = "batch_size is 8, which .* by 3 .* .of the first stage in runs/vq-demo-scenes: train"
     with pytest.raises(run.UsageError, match=sentence):
         train_gpt.default_stage(config, "image", Three(torch.device("cpu"), 0, 3))
