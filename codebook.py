@@ -69,7 +69,7 @@ def initialize_codebook(vq: nn.Module, batches: Iterable[Tensor], process: Any):
 @torch.no_grad()
 def restart_dead_codes(vq: nn.Module, optimizer: torch.optim.Optimizer, uses: Tensor, images: Tensor,
                        process: Any):
-    """Move dead codes, uses (K,) == 0, to encoder outputs far from live ones, and reset Adam's moments."""
+    """Move dead codes, uses (K,) == 0, to encoder outputs far from live ones, and reset their moments."""
     dead, codebook = process.total(uses) == 0, vq.quantizer.codebook  # (K,) and (K, D)
     uses.zero_()
     if dead.any():
@@ -78,8 +78,9 @@ def restart_dead_codes(vq: nn.Module, optimizer: torch.optim.Optimizer, uses: Te
             codebook[dead] = kmeans_plusplus(vectors, int(dead.sum()), codebook[~dead])
         if process.world > 1:
             torch.distributed.broadcast(codebook.data, src=0)
-        for moment in ("exp_avg", "exp_avg_sq"):
-            optimizer.state[codebook][moment][dead] = 0
+        for moment in optimizer.state.get(codebook, {}).values():
+            if getattr(moment, "shape", None) == codebook.shape:
+                moment[dead] = 0
 
 
 def codebook_use(counts: Tensor) -> tuple[int, float]:

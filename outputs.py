@@ -156,12 +156,13 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
 
 
 def restore(checkpoint: dict, model: nn.Module, optimizer: torch.optim.Optimizer):
-    """Go on as after the checkpoint's step: weights, Adam's moments and random states."""
+    """Go on as after the checkpoint's step: weights, the optimizer's moments and random states."""
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     for weight, values in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):  # in the weight's memory format: fused Adam reads plain memory
-            values[name] = torch.empty_like(weight).copy_(values[name])
+        for name, moment in values.items():  # in the weight's memory format: fused Adam reads plain memory
+            if getattr(moment, "shape", None) == weight.shape:
+                values[name] = torch.empty_like(weight).copy_(moment)
     set_random_state(checkpoint["random"])
 
 
