@@ -101,6 +101,7 @@ def test_every_field_of_sampling_reaches_the_draws(draw):
         assert torch.equal(draw(prior, f"--class ball {flags}"), greedy)
     extreme = {"temperature": 9.0, "top_k": 1, "top_p": 1e-6, "guidance": 9.0}
     for field in dataclasses.fields(Sampling):
+        assert field.name in extreme, f"name a value of {field.name} above that changes what is drawn"
         changed = draw(prior, f"--class ball --{field.name.replace('_', '-')} {extreme[field.name]}")
         assert not torch.equal(changed, usual), field.name
 
