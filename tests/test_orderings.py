@@ -40,7 +40,7 @@ def test_docstring_pictures_are_what_the_code_draws():
 
 def test_the_five_orders_have_the_names_of_the_command_line_in_this_order():
     assert list(ORDERINGS)[:5] == ["row", "spiral", "zcurve", "subsample", "alternate"]  # yours may follow
-    assert [ORDERINGS[name].__name__ for name in ORDERINGS] == list(ORDERINGS)
+    assert all(ORDERINGS[name] is getattr(orderings, name) for name in list(ORDERINGS)[:5])
 
 
 @pytest.mark.parametrize("height, width", RECTANGLES)
