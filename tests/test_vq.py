@@ -387,12 +387,12 @@ def encoder_of(vectors: Tensor) -> tuple[VQ, Tensor]:
 def test_initialize_runs_ten_iterations_of_kmeans_on_all_vectors():
     vectors = torch.randn(900, 6)
     vq, images = encoder_of(vectors)
-    parameter = vq.quantizer.codebook  # the optimizer holds it
+    parameter, trained = vq.quantizer.codebook, vq.quantizer.codebook.requires_grad  # the optimizer holds it
     torch.manual_seed(2)
     initialize_codebook(vq, images.split(500, 2), ALONE)
     torch.manual_seed(2)
     assert torch.equal(parameter, kmeans(vectors, 12, iterations=10))
-    assert vq.quantizer.codebook is parameter and parameter.requires_grad
+    assert vq.quantizer.codebook is parameter and parameter.requires_grad == trained
 
 
 @pytest.mark.parametrize("vectors, count, given, expected", [
@@ -421,7 +421,7 @@ def test_restart_moves_dead_codes_onto_different_vectors_away_from_live_codes(de
     mask = torch.zeros(12, dtype=torch.bool)
     mask[list(dead)] = True
     vq, images = encoder_of(torch.cat([before[~mask].repeat(50, 1), elsewhere]))
-    parameter = vq.quantizer.codebook
+    parameter, trained = vq.quantizer.codebook, vq.quantizer.codebook.requires_grad
     parameter.data.copy_(before)
     moments = {name: torch.ones(12, 6) for name in ("exp_avg", "exp_avg_sq")}
     restart_dead_codes(vq, SimpleNamespace(state={parameter: moments}), 1.0 - mask.float(), images, ALONE)
@@ -429,7 +429,7 @@ def test_restart_moves_dead_codes_onto_different_vectors_away_from_live_codes(de
     assert torch.equal(after[~mask], before[~mask])
     moved = {tuple(code) for code in after[mask].tolist()}
     assert len(moved) == len(dead) and moved <= {tuple(vector) for vector in elsewhere.tolist()}
-    assert vq.quantizer.codebook is parameter and parameter.requires_grad
+    assert vq.quantizer.codebook is parameter and parameter.requires_grad == trained
 
 
 def test_codebook_use_counts_the_codes_used_and_their_perplexity():
