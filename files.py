@@ -25,7 +25,7 @@ from scenes import draw_keypoints
 
 Record = dict[str, Path | ndarray | int]
 Listing = tuple[dict[Path, Record], tuple[str, ...]]  # a split's records by name, and the classes' names
-READER_VERSION = 3  # raise it when anything here changes what a file becomes: cached codes are then made anew
+READER_VERSION = 3  # raise it when what a file becomes changes, here or in data.py: codes are then made anew
 
 FIELDS = ("image", "segmentation", "depth", "pose")  # grep for these names, to add one
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",  # case does not matter
