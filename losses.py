@@ -169,8 +169,8 @@ class PatchDiscriminator(nn.Module):
                      nn.BatchNorm2d(width), nn.LeakyReLU(0.2, inplace=True)]
         self.main = nn.Sequential(*main, nn.Conv2d(width, 1, 4, padding=1))
         for module in self.main:  # as in the authors' release
-            if not isinstance(module, nn.LeakyReLU):
-                nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
+            if getattr(module, "weight", None) is not None:  # a norm's are around 1
+                nn.init.normal_(module.weight, float(not isinstance(module, nn.Conv2d)), 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) in [−1, 1] → logits (B, 1, h', w'). Raises ValueError for other sizes."""
