@@ -145,7 +145,7 @@ def test_a_condition_changes_what_is_drawn_and_guidance_how_much():
             conditional, null = (prior.gpt(prefix)[:, -1, :16] for prefix in prefixes)
         for guidance in (0.0, 1.0, 3.0):
             logits = null + guidance * (conditional - null)
-            assert (logits.std(0).max() < 1e-9) == (guidance == 0)  # the conditions differ
+            assert (logits.std(0).max() < 1e-4) == (guidance == 0)  # the conditions differ
             for top_k in (0, 1):
                 probabilities = next_token_probabilities(logits, 1.0, top_k, 1.0)
                 how = Sampling(1.0, top_k, 1.0, guidance)
