@@ -231,11 +231,11 @@ def main(argv: list[str] | None = None) -> Path | None:
     scores = {}
     batches = data.load(training, items, device, config.workers)
     for step, batch, due in run.steps(config, process, first_step, batches):
-        # K-means over 16 vectors a code. Quantized from the first step on, latents stay close to a line.
+        # By k-means over 16 vectors a code; results/first-stage says why not always before the first step.
         if not quantizes and step > config.quantize_after * config.steps:
-            items = data.training_batches(len(training), config.batch_size, config.seed, step - 1)
-            enough = itertools.islice(items, 16 * config.codebook_size // (config.batch_size * side**2) + 1)
-            initialize_codebook(vq, load_inputs(training, enough, config, channels, device), process)
+            sample = data.training_batches(len(training), config.batch_size, config.seed, step - 1)
+            sample = itertools.islice(sample, 16 * config.codebook_size // (config.batch_size * side**2) + 1)
+            initialize_codebook(vq, load_inputs(training, sample, config, channels, device), process)
             quantizes = True
             uses.zero_()
         lr = run.set_learning_rate(optimizer, config, step)

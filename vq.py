@@ -245,7 +245,7 @@ class VQ(nn.Module):
         latents = self.latents(images)
         quantized, codes, loss = self.quantizer(latents)
         if not quantize:  # the codebook's gradient is 0, not None, as DistributedDataParallel needs
-            quantized, loss = latents, 0 * loss
+            quantized, loss = latents.float(), 0 * loss
         return self.decoder(quantized).float(), codes, loss
 
     def latents(self, images: Tensor) -> Tensor:

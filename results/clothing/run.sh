@@ -2,7 +2,7 @@
 # Photographs of clothes, ten classes, 64×64 → 8×8 of 512 codes, on one CPU core. From the repository's root:
 #     bash results/clothing/run.sh PHOTOS LPIPS      PHOTOS: {train,val}/CLASS/*.jpg; LPIPS: folder of lpips_{vgg16,alexnet}.pth
 set -euo pipefail
-python train_vq.py --preset demo --data folder --data-dir $1 --image-size 64 --upscale --flip --base-channels 24 \
+python train_vq.py --preset demo --quantize-after 0 --data folder --data-dir $1 --image-size 64 --upscale --flip --base-channels 24 \
     --channel-multipliers 1,2,4,4 --codebook-size 512 --perceptual vgg16 --perceptual-weights $2/lpips_vgg16.pth \
     --discriminator-weight 0.2 --discriminator-start 0.6 --discriminator-ramp 0.2 --discriminator-layers 2 --batch-size 8 --steps 3000 --log-every 50 --eval-every 500 \
     --checkpoint-every 250 --workers 0 --out runs/vq-clothing

@@ -28,7 +28,7 @@ COLOURS = defaultdict(lambda: "#777777", row="#000000", spiral="#d62728", zcurve
 GPT = "--n-layer 4 --n-head 4 --n-embd 160 --dropout 0 --batch-size 16 --lr 3e-3 --warmup-steps 100".split()
 FLAGS = {  # of train_vq.py, of train_gpt.py
     "scenes": (["--preset", "demo"], ["--preset", "demo", "--eval-every", "190"]),
-    "scenes-long": ("--preset demo --steps 3300 --eval-every 1650".split(), "--preset demo --steps 5700 --eval-every 570".split()),
+    "scenes-long": ("--preset demo --quantize-after 0 --steps 3300 --eval-every 1650".split(), "--preset demo --steps 5700 --eval-every 570".split()),
     "cifar10": ("--preset cifar10 --base-channels 32 --channel-multipliers 1,2,2 --residual-blocks 1 --code-width 64 "
                 "--codebook-size 512 --batch-size 16 --steps 2000 --lr 1e-3 --eval-every 1000".split(),
                 ["--preset", "cifar10", *GPT, *"--views 1 --steps 2000 --eval-every 400".split()])}
