@@ -169,7 +169,7 @@ class PatchDiscriminator(nn.Module):
                      nn.BatchNorm2d(width), nn.LeakyReLU(0.2, inplace=True)]
         self.main = nn.Sequential(*main, nn.Conv2d(width, 1, 4, padding=1))
         for module in self.main:  # as in the authors' release
-            if getattr(module, "weight", None) is not None:  # a norm's are around 1
+            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm)):  # a norm's are around 1
                 nn.init.normal_(module.weight, float(not isinstance(module, nn.Conv2d)), 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ class Adversary:
         """One step of D on images and reconstructions (B, C, H, W): its loss and mean logits, for the log.
 
         Two passes, as in VQGAN: neither batch is normalized by the other's statistics. Gradients are averaged
-        by hand: DistributedDataParallel would also broadcast BatchNorm's buffers before each pass.
+        by hand: DistributedDataParallel by default also broadcasts BatchNorm's buffers before each pass.
         """
         real = self.discriminator(images)  # (B, 1, h', w')
         fake = self.discriminator(reconstructions.detach())

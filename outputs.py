@@ -162,7 +162,7 @@ def restore(checkpoint: dict, model: nn.Module, optimizer: torch.optim.Optimizer
     for weight, values in optimizer.state.items():
         for name, moment in values.items():  # in the weight's memory format: fused Adam reads plain memory
             if getattr(moment, "shape", None) == weight.shape:
-                values[name] = torch.empty_like(weight).copy_(moment)
+                values[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
     set_random_state(checkpoint["random"])
 
 

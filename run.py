@@ -324,7 +324,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     if "Inductor" in kind:
         return 1, f"torch.compile does not work here ({reason}): leave out --compile"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate" in text:
-        return 1, "there is too little memory for this run: lower --batch-size, or train a smaller model"
+        return 1, "there is too little memory: lower --batch-size (train_vq.py: or --gradient-checkpointing)"
     raise error
 
 

@@ -61,7 +61,10 @@ class FirstStage:
             vq = VQ.from_taming(path).eval().requires_grad_(False)
             stage = cls(vq, "image", Preparation(16 * vq.config.downsampling, upscale=True), {})
         else:
-            stage = cls.from_state(load_checkpoint(path, "vq"))
+            state = load_checkpoint(path, "vq")
+            if not state.get("quantizes", True):  # older files do not say
+                raise ValueError(f"{path} has no codes yet: go on with train_vq.py --resume")
+            stage = cls.from_state(state)
         channels = stage.vq.config.image_channels
         if stage.field != field or field == "image" and channels != 3:
             wanted = f"{field} in 3" if field == "image" else field

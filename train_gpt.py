@@ -252,7 +252,7 @@ def default_stage(config: TrainConfig, field: str, process: run.Process,
         process.wait_for_all()
     stage = FirstStage.load(path, field)
     if stage.vq.config != own.model(stage.vq.config.image_channels):  # by other flags, or an earlier preset
-        announce(f"{path} has other sizes than this preset's first stage: to train that, remove it")
+        announce(f"{path} has other settings than this preset's first stage: to train that, remove it")
     if not stage.was_trained_on(config.data, config.data_dir):
         raise ValueError(f"{path} was trained on {stage.trained_on['data_dir']}, not on {config.data_dir}: "
                          f"name it with --{'vq' if field == 'image' else 'condition-vq'} to use it "

@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> Path | None:
             sample = itertools.islice(sample, 16 * config.codebook_size // (config.batch_size * side**2) + 1)
             initialize_codebook(vq, load_inputs(training, sample, config, channels, device), process)
             quantizes = True
-            uses.zero_()
+            uses.fill_(step > 1)  # no code is dead before a whole interval
         lr = run.set_learning_rate(optimizer, config, step)
         images = data.as_input(batch[config.target], config.target, channels)  # (B, C, H, W)
         log.add(step, train_step(images, step, lr))
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> Path | None:
                     draw(vq, validation, counts, config, log.picture(step))
             log.line(step, status_text(scores | numbers, config.codebook_size), numbers)
         # Not after the last step: codes would move after they have been measured.
-        if config.restart_every and step % config.restart_every == 0 and step < config.steps:
+        if quantizes and config.restart_every and step % config.restart_every == 0 and step < config.steps:
             restart_dead_codes(vq, optimizer, uses, images, process)
         if due.save:
             process.total(uses)  # in place; later sums may count twice, but only zeros matter

@@ -176,7 +176,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.commitment_weight = config.commitment_weight
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.code_width))
-        # Overwritten by codebook.py when training starts, and where codes are dead:
+        # Overwritten by codebook.py before they are first used, and where codes are dead:
         nn.init.uniform_(self.codebook, -1 / config.codebook_size, 1 / config.codebook_size)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,8 +197,8 @@ class Quantizer(nn.Module):
 def memory_format(device: torch.device, trained_row: int = 0) -> torch.memory_format:
     """Convolutions' memory format: channels last on a CPU (results/speed), else row-major (results/gpu).
 
-    In training row-major on a CPU too if a row of pixels, `trained_row` bytes over all channels, nears the
-    size of its L1 cache: with channels last, weights' gradients can then take several times as long.
+    In training row-major on a CPU too if a row of pixels, `trained_row` bytes over all channels, is large
+    beside its L1 cache: with channels last, weights' gradients can then take several times as long.
     """
     return torch.channels_last if device.type == "cpu" and trained_row <= 8192 else torch.preserve_format
 

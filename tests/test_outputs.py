@@ -1,4 +1,5 @@
 """A run's folder and its outputs. Oracles: the file before a failure, bit for bit; literal sentences."""
+import copy
 import dataclasses
 import errno
 import fcntl
@@ -20,8 +21,8 @@ from PIL import Image
 
 import train_gpt
 from helpers import ALONE
-from outputs import (Log, claim, describe_data, duration, load_checkpoint, save_checkpoint, save_picture,
-                     set_random_state, si, to_pixels, writing)
+from outputs import (Log, claim, describe_data, duration, load_checkpoint, restore, save_checkpoint,
+                     save_picture, set_random_state, si, to_pixels, writing)
 
 DEMO = train_gpt.PRESETS["demo"]
 
@@ -280,6 +281,23 @@ def test_a_folder_that_cannot_be_written_is_named_with_advice(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert log.read_text() == '{"step": 1}\n' * 9
+
+
+@pytest.mark.parametrize("kind, options", [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.Adam, {})])
+def test_a_run_goes_on_with_the_moments_of_any_optimizer(kind, options):
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer):
+        optimizer.zero_grad()
+        model(torch.ones(2, 3)).square().sum().backward()
+        optimizer.step()
+
+    (model, optimizer), (other, its_own) = ((each, kind(each.parameters(), lr=0.1, **options)) for each in
+                                            (torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)))
+    step(model, optimizer)
+    restore(copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                           "random": {"cpu": torch.get_rng_state()}}), other, its_own)
+    step(model, optimizer)
+    step(other, its_own)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
 def test_a_log_that_cannot_be_written_says_so(tmp_path):

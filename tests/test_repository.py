@@ -111,7 +111,8 @@ def test_every_documented_command_is_understood(tmp_path, monkeypatch):
     commands = documented_commands()
     assert len(commands) >= 10
     for command in commands:
-        for name, value in (("…", "x"), ("$order", "row"), ("$condition", "depth"), ("$weight", "1")):
+        for name, value in (("…", "x"), ("$order", "row"), ("$condition", "depth"), ("$weight", "1"),
+                            ("$seed", "0"), ("$share", "0.1")):
             command = command.replace(name, value)
         script, *flags = shlex.split(command)
         run.configure(SCRIPTS[script].PRESETS, flags)

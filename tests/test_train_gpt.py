@@ -487,7 +487,8 @@ def test_a_grid_that_does_not_fit_is_refused_before_anything_is_encoded(few_scen
     assert not Path("runs/codes").exists()
 
 
-def test_a_first_stage_that_was_cut_off_goes_on_and_leaves_no_trace_in_the_second(few_scenes, monkeypatch):
+def test_a_first_stage_that_was_cut_off_goes_on_and_leaves_no_trace_in_the_second(
+        few_scenes, monkeypatch, capsys):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
@@ -502,6 +503,11 @@ def test_a_first_stage_that_was_cut_off_goes_on_and_leaves_no_trace_in_the_secon
     assert_bit_equal(first_stage, train_vq.main(["--out", "whole", "--device", "cpu"]))
     again = train_gpt.main([*flags, "--out", "again"])
     assert_bit_equal(again, out)  # whether the first stage was trained just before makes no difference
+    assert "has other settings" not in capsys.readouterr().out
+    changed = dataclasses.replace(train_vq.PRESETS["demo"], code_width=7)
+    monkeypatch.setitem(train_vq.PRESETS, "demo", changed)
+    train_gpt.main([*flags, "--out", "other"])
+    assert f"{first_stage} has other settings than this preset's first stage" in capsys.readouterr().out
 
 
 def test_no_mistake_ends_in_a_traceback(pictures, first_stage, second_stage, tmp_path, monkeypatch, capsys):

@@ -111,7 +111,8 @@ def test_the_loop_is_its_losses_written_out(plain, full, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SCENES", {"train": 16, "val": 4})
     shared = "--restart-every 0 --no-decay --warmup-steps 6 --beta1 0.3 --beta2 0.7".split()
     short = "--perceptual-weight 0.7 --steps 6 --discriminator-start 4 --discriminator-ramp 2".split()
-    for i, flags in enumerate(([*plain, "--quantize-after", "0.25"], MASKS, [*full, *short])):
+    plain_first = ["--quantize-after", "0.25"]
+    for i, flags in enumerate((plain, [*plain, *plain_first], [*MASKS, *plain_first], [*full, *short])):
         found = train(flags, tmp_path / str(i), *shared)
         items = list(itertools.islice(data.training_batches(16, 4, seed=0), len(log_of(found))))
         config, batches = open_split(found, "train", items)
@@ -122,11 +123,11 @@ def test_the_loop_is_its_losses_written_out(plain, full, tmp_path, monkeypatch):
         D = adversary and adversary.discriminator
         optimizers = [torch.optim.Adam(network.parameters(), betas=(0.3, 0.7), fused=True)
                       for network in (vq, D) if network]
-        quantized_from = (3, 1, 2)[i]
+        quantized_from = (1, 3, 3, 2)[i]
         for step, images in enumerate(batches, 1):
             if step == quantized_from:
                 initialize_codebook(vq, batches[step - 1:step + (D is None)], ALONE)  # of 16 vectors a code
-                uses = torch.zeros(16)
+                uses = torch.full((16,), float(step > 1))
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = 1e-3 * min(step / 6, 1)  # D's too
             if step < quantized_from:
@@ -134,8 +135,8 @@ def test_the_loop_is_its_losses_written_out(plain, full, tmp_path, monkeypatch):
             else:
                 x, codes, quantization_loss = vq(images)
                 uses += torch.bincount(codes.flatten(), minlength=16)
-            loss = F.cross_entropy(x, images.argmax(1)) if flags is MASKS else F.l1_loss(x, images)
-            expected = {"cross_entropy" if flags is MASKS else "l1": loss, "vq": quantization_loss}
+            loss = F.cross_entropy(x, images.argmax(1)) if i == 2 else F.l1_loss(x, images)
+            expected = {"cross_entropy" if i == 2 else "l1": loss, "vq": quantization_loss}
             if perceptual:
                 expected["perceptual"] = perceptual.distance(x, images).mean()
                 loss = loss + 0.7 * expected["perceptual"]
@@ -158,7 +159,7 @@ def test_the_loop_is_its_losses_written_out(plain, full, tmp_path, monkeypatch):
             assert ("lambda" in line) == ("lambda" in expected), step
             for name, value in expected.items():
                 assert line[name] == pytest.approx(value.item(), rel=1e-3, abs=1e-4), (step, name)
-        if i == 0:
+        if i < 2:
             weights = read(found)["model"]
             assert all(torch.equal(weight, weights[name]) for name, weight in vq.state_dict().items())
             assert torch.equal(uses, read(found)["uses"])
@@ -332,6 +333,9 @@ def test_a_run_goes_on_bit_for_bit_across_the_starts_of_codebook_and_discriminat
         stop, full, trained, tmp_path, monkeypatch):
     interrupt(full, tmp_path, stop, monkeypatch)
     before = (tmp_path / "checkpoint.pt").read_bytes()
+    if stop < 2:
+        with pytest.raises(ValueError, match="has no codes yet: go on with train_vq.py --resume"):
+            FirstStage.load(tmp_path / "checkpoint.pt")
     assert_bit_equal(train(full, tmp_path, "--resume"), trained)
     # With more steps a share of them is another step; but what has begun goes on.
     (tmp_path / "checkpoint.pt").write_bytes(before)
@@ -449,6 +453,7 @@ def test_a_collapsed_codebook_warns_and_says_what_helps(trained, capsys):
 def test_a_loss_of_your_own_is_in_the_status_line():
     known, own = {"l1": 0.5, "lr": 1e-3}, {"edges": 0.25, "by_class": [0.5]}
     assert train_vq.status_text(own | known, 256) == train_vq.status_text(known, 256) + " · edges 0.25"
+    assert train_vq.status_text(known, 256).startswith("train L1 0.5000")
 
 
 def test_a_diverged_run_spares_the_checkpoint_and_names_the_step_and_its_pictures(
@@ -502,7 +507,8 @@ def test_a_wrong_picture_ends_a_run_after_a_step_that_saves(pictures, tmp_path, 
 
 def test_mistakes_end_in_a_sentence_and_leave_nothing(plain, lpips, tmp_path, monkeypatch, capsys):
     wrong = ("discriminator_layers 0,discriminator_start nan,discriminator_ramp inf,perceptual_weight -1.0,"
-             f"segments 256,void_label -1,codebook_size 65537,restart_every -1,seed {2**63}").split(",")
+             "segments 256,void_label -1,codebook_size 65537,quantize_after 1.0,restart_every -1,"
+             f"seed {2**63}").split(",")
     cases = [(plain, f"--{text.replace('_', '-')}", 2, f"{text.replace(' ', ' is ')}; it must")
              for text in wrong]
     useless = [(plain, ("perceptual-weights x", "perceptual-weight 1", "segments 3",

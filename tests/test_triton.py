@@ -179,7 +179,7 @@ def test_more_than_two_to_the_31_elements(transposed):
         tile = lookup.tile(DEVICE)
         lookup.nearest_code_kernel[(-(-N // tile["BLOCK_N"]), 1)](
             vectors, vectors.stride(), *prepared, scores, codes, N, 70, D, 256, len(prepared[1]), **tile)
-    last = min(64, tile["BLOCK_N"])  # of the only program
+    last = min(64, tile["BLOCK_N"])  # of the last program, the only one that runs
     assert codes[0, -last:].tolist() == list(range(67 - last, 67))
 
 

@@ -1,6 +1,6 @@
 """Run one of the scripts with first stages whose encoder normalizes each position by itself.
 
-    python results/locality/position_norm.py train_vq.py --out runs/locality/vq
+    python results/locality/position_norm.py train_vq.py --quantize-after 0 --out runs/locality/vq
 
 The encoder's GroupNorms take their statistics over the whole picture. Here a LayerNorm over the channels of each position stands
 in for each of them; the decoder, and all else, stays as it is. What is trained so must be sampled and measured through this script,
