@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import nearest_code
-from outputs import announce
+from outputs import announce, moments
 
 
 def as_vectors(latents: Tensor) -> Tensor:
@@ -78,9 +78,8 @@ def restart_dead_codes(vq: nn.Module, optimizer: torch.optim.Optimizer, uses: Te
             codebook[dead] = kmeans_plusplus(vectors, int(dead.sum()), codebook[~dead])
         if process.world > 1:
             torch.distributed.broadcast(codebook.data, src=0)
-        for moment in optimizer.state.get(codebook, {}).values():
-            if getattr(moment, "shape", None) == codebook.shape:
-                moment[dead] = 0
+        for moment in moments(optimizer, codebook).values():
+            moment[dead] = 0
 
 
 def codebook_use(counts: Tensor) -> tuple[int, float]:

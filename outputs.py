@@ -160,10 +160,15 @@ def restore(checkpoint: dict, model: nn.Module, optimizer: torch.optim.Optimizer
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     for weight, values in optimizer.state.items():
-        for name, moment in values.items():  # in the weight's memory format: fused Adam reads plain memory
-            if getattr(moment, "shape", None) == weight.shape:
-                values[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
+        for name, moment in moments(optimizer, weight).items():  # fused Adam reads plain memory: same format
+            values[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
     set_random_state(checkpoint["random"])
+
+
+def moments(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, Tensor]:
+    """What an optimizer keeps for each element of a weight, by name: Adam's exp_avg and exp_avg_sq."""
+    return {name: value for name, value in optimizer.state.get(weight, {}).items()
+            if getattr(value, "shape", None) == weight.shape}
 
 
 def describe_data(config: Any, dataset, checkpoint: dict | None) -> dict:

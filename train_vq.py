@@ -95,10 +95,10 @@ class TrainConfig:
         run.check_at_least(self, 1, "image_size", "discriminator_layers")
         run.check_at_least(self, 0, "void_label", "quantize_after", "restart_every", "perceptual_weight",
                            "segments", "discriminator_weight", "discriminator_start", "discriminator_ramp")
-        for name, most in (("codebook_size", 2**16), ("segments", NO_LABEL), ("quantize_after", 0.9),
-                           ("discriminator_start", 1e12), ("discriminator_ramp", 1e12)):  # codes have 16 bits
-            if getattr(self, name) > most:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at most {most:g}")
+        for name, end in (("quantize_after", 0.9), ("segments", NO_LABEL), ("codebook_size", 2**16),  # uint16
+                           ("discriminator_start", 1e12), ("discriminator_ramp", 1e12)):
+            if getattr(self, name) > end:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at most {end:g}")
         f = self.model().downsampling
         if self.image_size % f:
             raise ValueError(f"image_size is {self.image_size}, which channel_multipliers "
